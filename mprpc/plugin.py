@@ -14,6 +14,7 @@ the rest of mprpc.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from keyword import iskeyword
@@ -142,8 +143,7 @@ class _Module:
             "",
             "from __future__ import annotations",
             "",
-            *(["import typing", ""] if not all(message.has_type for message in used) else []),
-            *_imports(files),
+            *_imports(files, typing=not all(message.has_type for message in used)),
         ]
         for index, service in enumerate(self._file.service):
             names = self._method_names(service)
@@ -160,10 +160,9 @@ class _Module:
         for at, (method, name) in enumerate(zip(service.method, names, strict=True)):
             request, response = self._messages[method.input_type], self._messages[method.output_type]
             yield ""
-            yield (
-                f"    def {name}(self, request: {request.annotation}, controller: mprpc.MprpcController)"
-                f" -> mprpc.Reply[{response.annotation}]:"
-            )
+            yield f"    def {name}("
+            yield f"        self, request: {request.annotation}, controller: mprpc.MprpcController"
+            yield f"    ) -> mprpc.Reply[{response.annotation}]:"
             yield from _docstring(self._comments.get((_SERVICE, index, _METHOD, at), ""), "        ")
             said = f"{self._full(service)}.{method.name} is not implemented"
             yield f'        raise mprpc.RpcError(mprpc.Status.UNIMPLEMENTED, "{said}")'
@@ -214,8 +213,8 @@ class _Module:
         return f"{self._file.package}.{service.name}" if self._file.package else service.name
 
 
-def _imports(files: Sequence[str]) -> Iterator[str]:
-    """Import statements for mprpc and the files' _pb2 modules, in protoc's own forms and under its names."""
+def _imports(files: Sequence[str], *, typing: bool) -> Iterator[str]:
+    """Import statements: the files' _pb2 modules in protoc's own forms and by its names, and what goes with them."""
     plain, detours = [], []
     for file in files:
         package, _, module = _module_name(file).rpartition(".")
@@ -225,12 +224,10 @@ def _imports(files: Sequence[str]) -> Iterator[str]:
             plain.append(f"from {package} import {module} as {_alias(file)}")
         else:
             plain.append(f"import {module} as {_alias(file)}")
-    if detours:
-        yield from ("import importlib", "")
-    yield "import mprpc"
-    yield from plain
-    if detours:
-        yield from ("", *detours)
+    library = ["import importlib"] * bool(detours) + ["import typing"] * typing
+    yield from [*library, ""] if library else []
+    yield from ("import mprpc", *plain)
+    yield from ["", *detours] if detours else []
 
 
 def _module_name(file: str, suffix: str = "_pb2") -> str:
@@ -252,12 +249,9 @@ def _is_plain(name: str) -> bool:
 
 def _docstring(comment: str, indent: str) -> Iterator[str]:
     """The lines of a docstring that says what a comment says, or none if it says nothing."""
-    lines = [line.removeprefix(" ").rstrip() for line in comment.strip().split("\n")]
+    lines = [_escaped(line.removeprefix(" ").rstrip()) for line in comment.strip().split("\n")]
     if lines == [""]:
         return
-    lines = [_escaped(line) for line in lines]
-    if lines[-1].endswith('"'):
-        lines[-1] = lines[-1][:-1] + '\\"'
     lines[0] = '"""' + lines[0]
     lines[-1:] = [lines[-1] + '"""'] if len(lines) == 1 else [lines[-1], '"""']
     yield from (indent + line if line else "" for line in lines)
@@ -265,7 +259,7 @@ def _docstring(comment: str, indent: str) -> Iterator[str]:
 
 def _escaped(line: str) -> str:
     """A line as it stands in a docstring: it can't end it, and no backslash or control character changes it."""
-    kept = line.replace("\\", r"\\").replace('"""', r"\"\"\"")
+    kept = re.sub(r'"(?="|$)', r"\"", line.replace("\\", r"\\"))
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept)
 
 
