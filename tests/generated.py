@@ -3,15 +3,15 @@
 Made once for a test session, in a directory of its own, by the protoc that fits the installed protobuf: protoc X.Y
 belongs to the runtime N.X.Y, and code of a newer protoc does not load. The plugin runs from this source tree.
 
-    import generated
-    generated.load()            # from here on `import user_pb2, user_mprpc` works, in this process
-    generated.directory()       # the same directory, for the PYTHONPATH of another one
+    user_pb2 = generated.module("user_pb2")     # imports it from there
+    generated.directory()                       # the directory itself, for another process's PYTHONPATH
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import shlex
 import shutil
 import subprocess
@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import __version__ as runtime_version
 
@@ -38,10 +39,11 @@ def directory() -> Path:
     return out
 
 
-def load() -> None:
-    """Makes the generated modules importable."""
+def module(name: str) -> Any:
+    """A generated module, imported. The directory stays on sys.path."""
     if str(directory()) not in sys.path:
         sys.path.insert(0, str(directory()))
+    return importlib.import_module(name)
 
 
 def run_protoc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
