@@ -15,7 +15,7 @@ As a library this package only logs to `logging.getLogger("mprpc.…")` and sets
 - A disk that can't be written costs the lines of that time, counted in the same way, and one line on standard error.
 - The file stays open until the day changes or somebody moves it away, and is only ever appended to, each batch of lines
   with one write, so that several processes can share it.
-- The queue is written out when the process exits; a disk that hangs holds that up for twice CLOSE_TIMEOUT at most. After
+- The queue is written out when the process exits; a disk that hangs holds that up for twice CLOSE_TIMEOUT. After
   a fork the child has an empty queue and a writer of its own. Who leaves with os._exit, as the children of
   multiprocessing do, calls `flush` before.
 """
