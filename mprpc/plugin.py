@@ -80,6 +80,9 @@ def main() -> int:
     except DecodeError:
         print(f"standard input holds no CodeGeneratorRequest; {USAGE}", file=sys.stderr)
         return 2
+    except UnicodeDecodeError as error:  # protobuf without its C code does not read them at all
+        print(f"a comment of the .proto files is not UTF-8: {error.object!r}", file=sys.stderr)
+        return 2
     sys.stdout.buffer.write(generate(request).SerializeToString())
     return 0
 
@@ -126,7 +129,7 @@ class _Module:
     def __init__(self, file: FileDescriptorProto, messages: dict[str, _Message]) -> None:
         self._file = file
         self._messages = messages
-        self._comments = {tuple(at.path): at.leading_comments for at in file.source_code_info.location}
+        self._comments = {tuple(at.path): _decoded(at.leading_comments) for at in file.source_code_info.location}
 
     def text(self) -> str:
         used = [
@@ -245,6 +248,11 @@ def _alias(file: str) -> str:
 def _is_plain(name: str) -> bool:
     """Whether a name can be written as it is: no keyword, and nothing that a class body would mangle."""
     return not iskeyword(name) and not name.startswith("__")
+
+
+def _decoded(comment: str | bytes) -> str:
+    """A comment's text. protobuf hands out bytes where a .proto file is not UTF-8, which protoc lets comments be."""
+    return comment.decode(errors="replace") if isinstance(comment, bytes) else comment
 
 
 def _docstring(comment: str, indent: str) -> Iterator[str]:

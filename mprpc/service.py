@@ -7,12 +7,11 @@ protoc-gen-mprpc generates; instances of protoc's own `py_generic_services` clas
 `(request, controller)`.
 
 Rules: everything is looked up and checked once, when the service is published, and what doesn't fit is a TypeError, one
-line that says what to do. No generated module is imported here, and concurrent.futures only for an answer that is late.
+line that says what to do. No generated module is imported here; inspect and concurrent.futures only when needed.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable
@@ -167,6 +166,8 @@ def _unimplemented(method: MethodDescriptor) -> Handler:
 
 def _bound(service: object, method: MethodDescriptor, *takes: str) -> Callable[..., Any]:
     """A service's method of that name and signature, or TypeError."""
+    import inspect  # here, because consumers import this module too and publish nothing
+
     bound: object = getattr(service, attribute_of(method), getattr(service, method.name, None))
     wanted = f"def {attribute_of(method)}(self, {', '.join(takes)})"
     kind = type(service).__qualname__

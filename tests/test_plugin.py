@@ -11,6 +11,7 @@ from pathlib import Path
 import generated
 import pytest
 from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
+from google.protobuf.internal import api_implementation
 
 import mprpc
 from mprpc import plugin
@@ -111,7 +112,7 @@ def test_names_that_python_keeps() -> None:
     words, words_pb2 = generated.module("import.words_mprpc"), generated.module("import.words_pb2")
     stub = words.Words_Stub(Channel())
     assert stub.from_ == (words.Words.DESCRIPTOR.methods_by_name["from"], getattr(words_pb2, "None"))
-    assert {name for name in vars(stub)} == {"from_", "DESCRIPTOR_", "GetDescriptor_", "mprpc_", "match", "_private"}
+    assert set(vars(stub)) == {"from_", "DESCRIPTOR_", "GetDescriptor_", "mprpc_", "match", "_private"}
     with pytest.raises(mprpc.RpcError, match=r"^UNIMPLEMENTED: mprpc\.test\.words\.Words\.from is not implemented"):
         words.Words().from_(words_pb2.Plain(), mprpc.MprpcController())
 
@@ -139,6 +140,18 @@ def test_any_comment_gives_a_module_that_compiles(tmp_path: Path, comment: str) 
     for name in "AB":
         doc = made[name].__doc__ or ""
         assert doc.split() == (comment.split() if name == "A" else [*comment.split(), *comment.split()])
+
+
+def test_a_comment_that_is_not_utf8_keeps_what_it_can(tmp_path: Path) -> None:
+    (tmp_path / "x.proto").write_bytes(b'syntax = "proto3"; message M {}\n// caf\xe9 M\xfcller\nservice S {}\n')
+    ran = generated.run_protoc(f"-I{tmp_path}", f"--mprpc_out={tmp_path}", tmp_path / "x.proto")
+    if api_implementation.Type() == "python":
+        assert "a comment of the .proto files is not UTF-8: b' caf\\xe9 M\\xfcller\\n'\n" in ran.stderr
+        return
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert '"""caf\N{REPLACEMENT CHARACTER} M\N{REPLACEMENT CHARACTER}ller"""' in (tmp_path / "x_mprpc.py").read_text(
+        "utf-8"
+    )
 
 
 @pytest.mark.parametrize(
