@@ -1,0 +1,57 @@
+/* A channel's connection: the system calls around a client session, for any number of calling threads. */
+#ifndef MPRPC_CHANNEL_H
+#define MPRPC_CHANNEL_H
+
+#include "_session.h"
+
+enum {
+    MPRPC_CALL_SMALL = 8192, /* a response up to this is copied into the call itself */
+};
+
+/* How a call ended, when not with a response (then: its size, 0 or more). */
+enum mprpc_outcome {
+    MPRPC_CALL_FAILED = -1,      /* the provider says so: status, not_run, text, details */
+    MPRPC_CALL_TIMEOUT = -2,     /* the deadline passed; a late answer reaches nobody */
+    MPRPC_CALL_BROKEN = -3,      /* the connection ended: reason (errno above 0, mprpc_why below), sent */
+    MPRPC_CALL_INTERRUPTED = -4, /* a signal came: mprpc_link_wait goes on, mprpc_link_forget gives up */
+    MPRPC_CALL_FULL = -5,        /* MPRPC_CALLS_MAX calls are in flight, or no memory; nothing was sent */
+};
+enum { MPRPC_LINK_END = -60, MPRPC_LINK_CLOSED = -61, MPRPC_LINK_GOAWAY = -62 }; /* reasons of this side */
+
+/* One call: its caller's, who may use it again once it has ended. Zeroed at first. */
+struct mprpc_call {
+    uint64_t id, deadline;
+    struct mprpc_call *before, *after; /* in flight on the same connection, in order */
+    uint8_t *large;                    /* a bigger response's bytes, from mprpc_call_take */
+    uint8_t *block;                    /* what holds them */
+    uint8_t *words;                    /* text, then details */
+    int64_t outcome, reason;
+    uint32_t text_size, details_size;
+    int32_t status;
+    _Atomic uint32_t signal; /* counts what should wake its thread */
+    uint8_t not_run, sent, pending, away, asleep;
+    uint8_t small[MPRPC_CALL_SMALL];
+};
+
+struct mprpc_link;
+
+/* A connected, blocking stream socket, which the link owns from now on. NULL without memory. */
+struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
+/* Nobody may be in a call. */
+void mprpc_link_free(struct mprpc_link *link);
+/* Any thread. Ends all calls in flight; later ones end at once. */
+void mprpc_link_close(struct mprpc_link *link);
+
+/* Any thread. One whole call: send, wait, receive. timeout: ns. Returns the response's size (in small, or large when
+ * over MPRPC_CALL_SMALL) or an mprpc_outcome. */
+int64_t mprpc_link_call(struct mprpc_link *link, struct mprpc_call *call, const uint8_t *names, size_t names_size,
+                        const uint8_t *payload, size_t size, uint64_t timeout);
+/* The caller's thread, after MPRPC_CALL_INTERRUPTED. */
+int64_t mprpc_link_wait(struct mprpc_link *link, struct mprpc_call *call);
+void mprpc_link_forget(struct mprpc_link *link, struct mprpc_call *call);
+/* Frees what the last outcome left: large, words. */
+void mprpc_call_clear(struct mprpc_call *call);
+/* Any thread. Why no new call can be made, 0 if one can (as far as is known), with a look at the socket. */
+int64_t mprpc_link_check(struct mprpc_link *link);
+
+#endif

@@ -1,0 +1,1269 @@
+/* The loop. Strategy: one turn is flush, wait, receive. All that the ready connections send is received into one
+ * arena and split there, so that Python takes a whole turn's arguments in one copy; only the partial frame at a
+ * connection's tail is kept, in a buffer of its own. Replies of one connection leave in one send. Level-triggered
+ * polling: what a turn has no room for is simply ready again. Every kind of timeout has one duration, so a list in
+ * order of time is its whole timer. Connections are addressed by slot and generation: what comes late finds nobody. */
+#define _GNU_SOURCE
+#include "_loop.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/epoll.h>
+#endif
+
+enum {
+    ARENA = 8 * MPRPC_CHUNK,
+    ARENA_FULL = ARENA - 2 * MPRPC_CHUNK, /* a partial frame and a chunk always fit behind it */
+    POLL_MAX = 256,
+    ACCEPT_MAX = 64,         /* connections in one turn */
+    PROGRESS_MIN = 16384,    /* bytes of a frame that count as progress: a byte now and then does not */
+    CLASSIC_READ = 1024,     /* what the C++ consumer's only recv takes */
+    LINGER_BYTES = 64 << 20, /* discarded from a peer that goes on sending to a connection that has ended */
+    LARGE = 65536,           /* a payload from here is sent from where it lies, without a copy through the scratch */
+};
+static const uint64_t LINGER = UINT64_C(2000000000);     /* ns to wait for a peer to end its side */
+static const uint64_t LINGER_STOP = UINT64_C(200000000); /* the same when the whole loop stops */
+static const uint64_t FOREVER = UINT64_MAX;
+
+enum { UNAVAILABLE = 14, DEADLINE_EXCEEDED = 4 };
+
+/* ---- poller: epoll, or poll(2) with the keys beside ---- */
+
+enum { IN = 1, OUT = 2 };
+
+struct poller {
+    int ep; /* -1: poll(2) */
+    struct pollfd *fds;
+    uint64_t *keys;
+    size_t count, room, first; /* first: where the next round starts, so that POLL_MAX starves nobody */
+};
+struct ready {
+    uint64_t key;
+    int events;
+};
+
+static int poller_set(struct poller *p, int fd, uint64_t key, int events, int added)
+{
+#ifdef __linux__
+    if (p->ep >= 0) {
+        struct epoll_event e = {.events = (events & IN ? EPOLLIN : 0u) | (events & OUT ? EPOLLOUT : 0u),
+                                .data.u64 = key};
+        return epoll_ctl(p->ep, added ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &e);
+    }
+#endif
+    size_t i = 0;
+    while (i < p->count && p->fds[i].fd != fd)
+        i++;
+    if (i == p->room) {
+        size_t room = p->room ? p->room * 2 : 64;
+        struct pollfd *fds = realloc(p->fds, room * sizeof *fds);
+        if (fds)
+            p->fds = fds;
+        uint64_t *keys = realloc(p->keys, room * sizeof *keys);
+        if (keys)
+            p->keys = keys;
+        if (!fds || !keys)
+            return -1;
+        p->room = room;
+    }
+    p->count += i == p->count;
+    p->fds[i] = (struct pollfd){fd, (short)((events & IN ? POLLIN : 0) | (events & OUT ? POLLOUT : 0)), 0};
+    p->keys[i] = key;
+    return 0;
+}
+
+static void poller_remove(struct poller *p, int fd)
+{
+#ifdef __linux__
+    if (p->ep >= 0) { /* closing would do it, but for a forked child that holds the same descriptor */
+        epoll_ctl(p->ep, EPOLL_CTL_DEL, fd, NULL);
+        return;
+    }
+#endif
+    for (size_t i = 0; i < p->count; i++)
+        if (p->fds[i].fd == fd) {
+            p->fds[i] = p->fds[--p->count];
+            p->keys[i] = p->keys[p->count];
+            return;
+        }
+}
+
+/* How many are ready, 0 after timeout ns, -1 with errno EINTR. */
+static int poller_wait(struct poller *p, struct ready *ready, uint64_t timeout)
+{
+    uint64_t ms = (timeout + 999999) / 1000000; /* rounded up: a timer that is not due yet must not spin */
+    int n, wait = timeout == FOREVER || ms > INT_MAX ? -1 : (int)ms, k = 0;
+
+#ifdef __linux__
+    if (p->ep >= 0) {
+        struct epoll_event events[POLL_MAX];
+        n = epoll_wait(p->ep, events, POLL_MAX, wait);
+        for (k = 0; k < n; k++) {
+            uint32_t e = events[k].events;
+            ready[k] = (struct ready){events[k].data.u64, (e & ~(uint32_t)EPOLLOUT ? IN : 0) | (e & EPOLLOUT ? OUT : 0)};
+        }
+        return n;
+    }
+#endif
+    n = poll(p->fds, (nfds_t)p->count, wait);
+    for (size_t i = 0; n > 0 && i < p->count && k < POLL_MAX; i++) {
+        size_t at = (p->first + i) % p->count;
+        short e = p->fds[at].revents;
+        if (e)
+            ready[k++] = (struct ready){p->keys[at], (e & ~POLLOUT ? IN : 0) | (e & POLLOUT ? OUT : 0)};
+    }
+    p->first++;
+    return n < 0 ? n : k;
+}
+
+/* ---- what a loop holds ---- */
+
+struct list;
+struct connection {
+    struct mprpc_session session;
+    struct mprpc_bytes in, out;
+    struct connection *before, *after; /* in the list of its timeout */
+    struct list *list;
+    uint64_t since;    /* when it entered that list */
+    uint64_t received; /* when what is in `in` came */
+    uint64_t discarded;
+    size_t sent;       /* bytes at the start of out */
+    size_t progress;   /* in.size when `since` was set */
+    uint32_t slot, generation;
+    int fd;
+    uint8_t events;   /* as told to the poller */
+    uint8_t waiting;  /* whole frames are left in `in`: it stands in the loop's queue */
+    uint8_t ended;    /* no more requests: what is left is to send `out`, end our side, and wait for the peer's */
+    uint8_t shut;     /* our side is ended */
+    uint8_t peer_end; /* the peer's side is */
+};
+
+/* Connections in the order in which their timeout comes. */
+struct list {
+    struct connection *first, *last;
+    uint64_t timeout;
+};
+
+struct request {
+    uint64_t connection, call_id, deadline;
+    const uint8_t *large;
+    uint8_t open; /* not yet answered or detached */
+};
+
+struct task { /* from another thread */
+    struct task *next;
+    struct mprpc_ticket ticket;
+    int fd; /* a connection to take over, -1: an answer */
+    int32_t status;
+    uint8_t not_run;
+    uint32_t text_size, details_size;
+    size_t size;
+    uint8_t bytes[]; /* text, details, payload */
+};
+
+struct mprpc_loop {
+    struct poller poller;
+    const struct mprpc_services *services;
+    struct mprpc_limits limits;
+    struct connection **connections;
+    uint32_t *generations, *free_slots;
+    uint32_t room, free_count;
+    struct list frames, lingering; /* their timeouts */
+    uint64_t *queue; /* connections with whole frames left, in order */
+    size_t queued, queue_room;
+    uint64_t now;
+
+    uint8_t *arena;
+    size_t arena_size;
+    struct request requests[MPRPC_BATCH_MAX];
+    struct mprpc_record records[MPRPC_BATCH_MAX];
+    uint32_t count;
+    int slow; /* MPRPC_TURN_SLOW */
+    struct mprpc_event events[MPRPC_FAIR_MAX];
+    struct mprpc_bytes scratch;                 /* replies on their way */
+    uint8_t *held[MPRPC_BATCH_MAX];             /* large requests' buffers, freed by the next turn */
+    size_t held_count;
+
+    int listener, spare;
+    struct mprpc_loop **loops;
+    size_t loops_count;
+
+    int wake[2];
+    pthread_mutex_t mutex; /* of what follows */
+    struct task *tasks, **tasks_end;
+    uint64_t grace;        /* FOREVER: not stopping */
+    int closed;
+    /* end of what mutex covers */
+    uint64_t stop_at; /* FOREVER: not stopping */
+    int draining, ending;
+
+    struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
+    size_t incident_count;
+    uint64_t incidents_lost;
+    atomic_uint open; /* connections, read by the accepting loop */
+    atomic_uint_fast64_t accepted, taken, broken, in_flight;
+};
+
+enum { KEY_WAKE = UINT32_MAX, KEY_LISTENER = UINT32_MAX - 1 };
+
+static uint64_t key_of(const struct connection *c)
+{
+    return (uint64_t)c->generation << 32 | c->slot;
+}
+
+static struct connection *connection_at(struct mprpc_loop *l, uint64_t key)
+{
+    uint32_t slot = (uint32_t)key;
+
+    return slot < l->room && l->connections[slot] && l->generations[slot] == key >> 32 ? l->connections[slot] : NULL;
+}
+
+static uint64_t clock_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
+
+static void peer_name(int fd, char *to)
+{
+    union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+        struct sockaddr_un un;
+    } a;
+    socklen_t size = sizeof a;
+    char host[INET6_ADDRSTRLEN] = "?";
+
+    memset(&a, 0, sizeof a);
+    if (getpeername(fd, &a.any, &size) < 0)
+        snprintf(to, MPRPC_PEER_MAX, "a peer that is gone");
+    else if (a.any.sa_family == AF_INET)
+        snprintf(to, MPRPC_PEER_MAX, "%s:%u", inet_ntop(AF_INET, &a.v4.sin_addr, host, sizeof host),
+                 ntohs(a.v4.sin_port));
+    else if (a.any.sa_family == AF_INET6)
+        snprintf(to, MPRPC_PEER_MAX, "[%s]:%u", inet_ntop(AF_INET6, &a.v6.sin6_addr, host, sizeof host),
+                 ntohs(a.v6.sin6_port));
+    else
+        snprintf(to, MPRPC_PEER_MAX, "unix:");
+}
+
+static void incident(struct mprpc_loop *l, int fd, int64_t reason)
+{
+    l->slow = MPRPC_TURN_SLOW;
+    if (l->incident_count == MPRPC_INCIDENTS_MAX) {
+        l->incidents_lost++;
+        return;
+    }
+    struct mprpc_incident *i = &l->incidents[l->incident_count++];
+    i->reason = reason;
+    peer_name(fd, i->peer);
+}
+
+/* ---- timeouts ---- */
+
+static void unlist(struct connection *c)
+{
+    struct list *t = c->list;
+
+    if (!t)
+        return;
+    *(c->before ? &c->before->after : &t->first) = c->after;
+    *(c->after ? &c->after->before : &t->last) = c->before;
+    c->before = c->after = NULL;
+    c->list = NULL;
+}
+
+static void enlist(struct connection *c, struct list *t, uint64_t now)
+{
+    unlist(c);
+    c->list = t;
+    c->since = now;
+    c->before = t->last;
+    *(t->last ? &t->last->after : &t->first) = c;
+    t->last = c;
+}
+
+static uint64_t due(const struct list *t)
+{
+    return t->first ? t->first->since + t->timeout : FOREVER;
+}
+
+/* ---- a connection's end ---- */
+
+static void watch(struct mprpc_loop *l, struct connection *c)
+{
+    int full = c->out.size - c->sent > l->limits.output_max && !c->ended;
+    int events = (full || c->peer_end || (c->waiting && !c->ended) ? 0 : IN) | (c->out.size > c->sent ? OUT : 0);
+
+    if (events != c->events && poller_set(&l->poller, c->fd, key_of(c), events, 0) == 0)
+        c->events = (uint8_t)events;
+}
+
+static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
+{
+    struct linger abort = {1, 0};
+
+    unlist(c);
+    atomic_fetch_sub(&l->in_flight, c->session.in_flight);
+    atomic_fetch_sub(&l->open, 1u);
+    poller_remove(&l->poller, c->fd);
+    if (reset)
+        setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &abort, sizeof abort);
+    close(c->fd);
+    l->connections[c->slot] = NULL;
+    l->generations[c->slot]++;
+    l->free_slots[l->free_count++] = c->slot;
+    mprpc_session_free(&c->session);
+    mprpc_bytes_free(&c->in);
+    mprpc_bytes_free(&c->out);
+    free(c);
+}
+
+/* Ends our side once all is sent, then waits, bounded, for the peer to end its own: closing with unread input would
+ * reset the connection and throw away what the peer has not read yet. */
+static void end(struct mprpc_loop *l, struct connection *c)
+{
+    if (!c->ended) {
+        c->ended = 1;
+        mprpc_bytes_free(&c->in);
+        enlist(c, &l->lingering, l->now);
+    }
+    if (c->out.size == c->sent && !c->shut) {
+        c->shut = 1;
+        shutdown(c->fd, SHUT_WR);
+    }
+    if (c->shut && c->peer_end)
+        destroy(l, c, 0);
+    else
+        watch(l, c);
+}
+
+/* A connection that can't be read on. Only a framed one hears more of us than the end. */
+static void broken(struct mprpc_loop *l, struct connection *c, int64_t reason)
+{
+    atomic_fetch_add(&l->broken, 1u);
+    incident(l, c->fd, reason);
+    if (c->session.dialect == MPRPC_FRAMED)
+        end(l, c);
+    else
+        destroy(l, c, 1);
+}
+
+/* ---- output ---- */
+
+static ssize_t send_some(int fd, struct iovec *parts, size_t count)
+{
+    struct msghdr m = {.msg_iov = parts, .msg_iovlen = count};
+    ssize_t n;
+
+    do
+        n = count == 1 ? send(fd, parts->iov_base, parts->iov_len, MSG_NOSIGNAL | MSG_DONTWAIT)
+                       : sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? 0 : n;
+}
+
+/* Sends both parts, keeps what does not fit. 0, or -1: the connection was destroyed. */
+static int put(struct mprpc_loop *l, struct connection *c, const void *head, size_t head_size, const void *body,
+               size_t body_size)
+{
+    struct iovec parts[2] = {{(void *)(uintptr_t)head, head_size}, {(void *)(uintptr_t)body, body_size}};
+    size_t n = 0;
+
+    if (c->shut)
+        return 0;
+    if (c->out.size == c->sent) {
+        ssize_t sent = body_size ? send_some(c->fd, parts, 2) : send_some(c->fd, parts, 1);
+        if (sent < 0) {
+            destroy(l, c, 0);
+            return -1;
+        }
+        n = (size_t)sent;
+        if (n == head_size + body_size)
+            return 0;
+    }
+    size_t of_head = n < head_size ? n : head_size;
+    if (mprpc_bytes_add(&c->out, (const uint8_t *)head + of_head, head_size - of_head) ||
+        mprpc_bytes_add(&c->out, (const uint8_t *)body + (n - of_head), body_size - (n - of_head))) {
+        incident(l, c->fd, MPRPC_NO_MEMORY);
+        destroy(l, c, 1);
+        return -1;
+    }
+    watch(l, c);
+    return 0;
+}
+
+static void writable(struct mprpc_loop *l, struct connection *c)
+{
+    struct iovec part = {c->out.at + c->sent, c->out.size - c->sent};
+    ssize_t n = send_some(c->fd, &part, 1);
+
+    if (n < 0) {
+        destroy(l, c, 0);
+        return;
+    }
+    c->sent += (size_t)n;
+    if (c->sent == c->out.size || c->sent > c->out.size / 2) { /* so each byte is moved at most once */
+        mprpc_bytes_drop(&c->out, c->sent);
+        c->sent = 0;
+    }
+    if (c->ended) {
+        enlist(c, &l->lingering, l->now);
+        end(l, c);
+    } else {
+        watch(l, c);
+    }
+}
+
+/* What a connection needs after the last answer it was waiting for: a classic one ends with it. */
+static void answered(struct mprpc_loop *l, struct connection *c)
+{
+    if (c->session.in_flight == 0 && (c->session.dialect == MPRPC_CLASSIC || c->peer_end))
+        end(l, c);
+}
+
+/* One answer, straight to its connection. */
+static void answer(struct mprpc_loop *l, uint64_t key, struct mprpc_reply *r, const uint8_t *payload, size_t size)
+{
+    uint8_t small[MPRPC_REPLY_ROOM + MPRPC_ERROR_TEXT_MAX], *head = small;
+    struct connection *c = connection_at(l, key);
+
+    if (!c || c->ended)
+        return;
+    if (r->text_size > MPRPC_ERROR_TEXT_MAX || r->details_size) {
+        l->scratch.size = 0;
+        if (mprpc_bytes_reserve(&l->scratch, (size_t)MPRPC_REPLY_ROOM + r->text_size + r->details_size)) {
+            destroy(l, c, 1);
+            return;
+        }
+        head = l->scratch.at;
+    }
+    r->payload_size = (uint32_t)size;
+    int64_t n = mprpc_session_reply(&c->session, r, head);
+    atomic_fetch_sub(&l->in_flight, 1u);
+    if (n < 0) {
+        destroy(l, c, 1);
+        return;
+    }
+    if (c->session.dialect == MPRPC_CLASSIC && size > CLASSIC_READ)
+        incident(l, c->fd, MPRPC_LONG_CLASSIC);
+    if (put(l, c, n ? head : payload, n ? (size_t)n : size, n ? payload : NULL, n ? size : 0) == 0)
+        answered(l, c);
+}
+
+static struct request *still_open(struct mprpc_loop *l, uint32_t i)
+{
+    struct request *q = i < l->count && l->requests[i].open ? &l->requests[i] : NULL;
+
+    if (q)
+        q->open = 0;
+    return q;
+}
+
+void mprpc_loop_reply(struct mprpc_loop *l, uint32_t i, const uint8_t *payload, size_t size)
+{
+    struct request *q = still_open(l, i);
+    struct mprpc_reply r = {0};
+
+    if (!q)
+        return;
+    r.call_id = q->call_id;
+    answer(l, q->connection, &r, payload, size);
+}
+
+void mprpc_loop_fail(struct mprpc_loop *l, uint32_t i, int32_t status, int not_run, const uint8_t *text,
+                     size_t text_size, const uint8_t *details, size_t details_size)
+{
+    struct request *q = still_open(l, i);
+    struct mprpc_reply r = {.status = status, .not_run = not_run != 0, .text = text, .text_size = (uint32_t)text_size,
+                            .details = details, .details_size = (uint32_t)details_size};
+
+    if (!q)
+        return;
+    r.call_id = q->call_id;
+    answer(l, q->connection, &r, NULL, 0);
+}
+
+int mprpc_loop_expired(struct mprpc_loop *l, uint32_t i)
+{
+    static const char text[] = "the deadline passed before the handler started";
+
+    if (i >= l->count || !l->requests[i].deadline || l->requests[i].deadline > clock_ns())
+        return 0;
+    mprpc_loop_fail(l, i, DEADLINE_EXCEEDED, 1, (const uint8_t *)text, sizeof text - 1, NULL, 0);
+    return 1;
+}
+
+/* The replies of the last turn: all of one connection's in one send. */
+static void flush(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes, size_t count)
+{
+    int32_t one = (int32_t)size;
+    size_t i = 0;
+
+    for (sizes = sizes ? sizes : &one; i < count && i < l->count;) {
+        uint64_t key = l->requests[i].connection;
+        struct connection *c = connection_at(l, key);
+        l->scratch.size = 0;
+        for (; i < count && i < l->count && l->requests[i].connection == key; i++) {
+            if (sizes[i] < 0)
+                continue;
+            struct mprpc_reply r = {.call_id = l->requests[i].call_id, .payload_size = (uint32_t)sizes[i]};
+            const uint8_t *payload = replies;
+            replies += sizes[i];
+            if (!c || !l->requests[i].open || c->ended)
+                continue;
+            l->requests[i].open = 0;
+            if (c->session.dialect == MPRPC_CLASSIC || sizes[i] >= LARGE ||
+                mprpc_bytes_reserve(&l->scratch, (size_t)MPRPC_REPLY_ROOM + r.payload_size)) {
+                if (l->scratch.size && put(l, c, l->scratch.at, l->scratch.size, NULL, 0) == 0)
+                    l->scratch.size = 0;
+                answer(l, key, &r, payload, r.payload_size);
+                c = connection_at(l, key);
+                continue;
+            }
+            l->scratch.size += (size_t)mprpc_session_reply(&c->session, &r, l->scratch.at + l->scratch.size);
+            atomic_fetch_sub(&l->in_flight, 1u);
+            memcpy(l->scratch.at + l->scratch.size, payload, r.payload_size);
+            l->scratch.size += r.payload_size;
+        }
+        if (c && l->scratch.size && put(l, c, l->scratch.at, l->scratch.size, NULL, 0) == 0)
+            answered(l, c);
+    }
+}
+
+/* ---- input ---- */
+
+static void expired_at_once(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
+{
+    static const char text[] = "the deadline passed before the handler started";
+    struct mprpc_reply r = {.call_id = call_id, .status = DEADLINE_EXCEEDED, .not_run = 1,
+                            .text = (const uint8_t *)text, .text_size = sizeof text - 1};
+
+    answer(l, key_of(c), &r, NULL, 0);
+}
+
+/* Turns the session's events into requests of this turn. own: the bytes are not the arena's. */
+static void take(struct mprpc_loop *l, struct connection *c, size_t count, int own)
+{
+    uint64_t key = key_of(c);
+
+    atomic_fetch_add(&l->in_flight, count);
+    atomic_fetch_add(&l->taken, count);
+    for (size_t i = 0; i < count; i++) {
+        struct mprpc_event *e = &l->events[i];
+        if (e->deadline && e->deadline <= l->now) {
+            expired_at_once(l, c, e->frame.call_id);
+            if (connection_at(l, key) != c)
+                return;
+            continue;
+        }
+        uint32_t at = own ? 0 : (uint32_t)(e->frame.payload - l->arena);
+        if (own)
+            l->slow = MPRPC_TURN_SLOW;
+        l->requests[l->count] = (struct request){key, e->frame.call_id, e->deadline, own ? e->frame.payload : NULL, 1};
+        l->records[l->count++] = (struct mprpc_record){e->method, at, e->frame.payload_size};
+    }
+}
+
+static void enqueue(struct mprpc_loop *l, struct connection *c)
+{
+    if (l->queued == l->queue_room) {
+        size_t room = l->queue_room ? l->queue_room * 2 : 64;
+        uint64_t *queue = realloc(l->queue, room * sizeof *queue);
+        if (!queue) {
+            broken(l, c, MPRPC_NO_MEMORY);
+            return;
+        }
+        l->queue = queue;
+        l->queue_room = room;
+    }
+    l->queue[l->queued++] = key_of(c);
+    c->waiting = 1;
+    watch(l, c);
+}
+
+/* Keeps what the session has not used, and minds whether the frame that begins there makes progress. */
+static void keep(struct mprpc_loop *l, struct connection *c, size_t used, size_t left)
+{
+    if (left == 0)
+        mprpc_bytes_free(&c->in);
+    if (left == 0 && c->session.skip == 0) {
+        unlist(c);
+        return;
+    }
+    if (used || c->list != &l->frames || c->in.size - c->progress >= PROGRESS_MIN || c->progress > c->in.size) {
+        c->progress = c->in.size;
+        enlist(c, &l->frames, l->now);
+    }
+    if (left && left >= c->session.need)
+        enqueue(l, c);
+}
+
+/* Shows the session bytes[0, size): the arena's, or (own) those of c->in. Requests point into them, so they stay until
+ * the next turn whatever becomes of the connection. */
+static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *bytes, size_t size, uint64_t received,
+                    int own)
+{
+    struct mprpc_bytes out = {0}, whole = {0};
+    size_t count, room = MPRPC_BATCH_MAX - l->count;
+    uint64_t key = key_of(c);
+    int64_t used = mprpc_session_receive(&c->session, bytes, size, received, l->events,
+                                         room < MPRPC_FAIR_MAX ? room : MPRPC_FAIR_MAX, &count, &out);
+
+    if (own && used) {
+        whole = c->in;
+        memset(&c->in, 0, sizeof c->in);
+    } else if (!own) {
+        c->in.size = 0;
+        l->arena_size += used > 0 ? (size_t)used : 0;
+    }
+    if (own && count)
+        l->held[l->held_count++] = whole.at;
+    take(l, c, count, own);
+    if (connection_at(l, key) == c && out.size)
+        put(l, c, out.at, out.size, NULL, 0);
+    mprpc_bytes_free(&out);
+    if (connection_at(l, key) == c && !c->ended) {
+        size_t left = used < 0 ? 0 : size - (size_t)used;
+        c->received = received;
+        if (used < 0)
+            broken(l, c, used);
+        else if ((used || !own) && mprpc_bytes_add(&c->in, bytes + used, left))
+            broken(l, c, MPRPC_NO_MEMORY);
+        else
+            keep(l, c, (size_t)used, left);
+    }
+    if (!count)
+        free(whole.at);
+}
+
+static void peer_ended(struct mprpc_loop *l, struct connection *c)
+{
+    c->peer_end = 1;
+    if (c->ended) {
+        end(l, c);
+    } else if (c->session.in_flight && c->session.dialect == MPRPC_FRAMED) {
+        destroy(l, c, 0); /* nobody waits for these calls any more */
+    } else if (c->session.in_flight) {
+        unlist(c);
+        watch(l, c);
+    } else if (c->out.size > c->sent) {
+        end(l, c);
+    } else {
+        destroy(l, c, c->session.dialect == MPRPC_UNKNOWN && c->in.size);
+    }
+}
+
+static void drained(struct mprpc_loop *l, struct connection *c, ssize_t n)
+{
+    c->discarded += (uint64_t)n;
+    if (c->discarded > LINGER_BYTES)
+        destroy(l, c, 0);
+}
+
+static void readable(struct mprpc_loop *l, struct connection *c)
+{
+    uint8_t *at = l->arena + l->arena_size;
+    size_t before = c->in.size, room = MPRPC_CHUNK;
+    int own = before >= MPRPC_CHUNK || (before && c->session.need > MPRPC_CHUNK);
+    ssize_t n;
+
+    if (own && !c->ended) {
+        if (c->in.room - before < MPRPC_CHUNK && mprpc_bytes_reserve(&c->in, before)) { /* doubles with what came */
+            broken(l, c, MPRPC_NO_MEMORY);
+            return;
+        }
+        at = c->in.at + before;
+        room = c->in.room - before;
+    } else if (before && !c->ended) {
+        memcpy(at, c->in.at, before);
+        at += before;
+    }
+    n = recv(c->fd, at, room, MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
+        return;
+    if (n < 0)
+        destroy(l, c, 0);
+    else if (n == 0)
+        peer_ended(l, c);
+    else if (c->ended)
+        drained(l, c, n);
+    else if (!own)
+        consume(l, c, at - before, before + (size_t)n, l->now, 0);
+    else {
+        c->in.size += (size_t)n;
+        if (c->in.size >= c->session.need)
+            consume(l, c, c->in.at, c->in.size, l->now, 1);
+        else
+            keep(l, c, 0, c->in.size);
+    }
+}
+
+/* Frames that the last turn had no room for. Those that still find none stay in order. */
+static void queue_on(struct mprpc_loop *l)
+{
+    size_t n = l->queued, kept = 0;
+    uint64_t *queue = l->queue;
+
+    if (n == 0)
+        return;
+    l->queue = NULL;
+    l->queued = l->queue_room = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct connection *c = connection_at(l, queue[i]);
+        if (!c || c->ended)
+            continue;
+        if (l->count == MPRPC_BATCH_MAX || l->arena_size > ARENA_FULL) {
+            queue[kept++] = queue[i];
+            continue;
+        }
+        c->waiting = 0;
+        if (c->in.size >= MPRPC_CHUNK) {
+            consume(l, c, c->in.at, c->in.size, c->received, 1);
+        } else {
+            uint8_t *at = l->arena + l->arena_size;
+            memcpy(at, c->in.at, c->in.size);
+            consume(l, c, at, c->in.size, c->received, 0);
+        }
+        if (connection_at(l, queue[i]) == c)
+            watch(l, c);
+    }
+    for (size_t i = 0; i < kept; i++) {
+        struct connection *c = connection_at(l, queue[i]);
+        if (c)
+            enqueue(l, c);
+    }
+    free(queue);
+}
+
+/* ---- connections come ---- */
+
+static int slots_grow(struct mprpc_loop *l)
+{
+    uint32_t room = l->room ? l->room * 2 : 64;
+    struct connection **connections = realloc(l->connections, room * sizeof *connections);
+    if (connections)
+        l->connections = connections;
+    uint32_t *generations = realloc(l->generations, room * sizeof *generations);
+    if (generations)
+        l->generations = generations;
+    uint32_t *free_slots = realloc(l->free_slots, room * sizeof *free_slots);
+    if (free_slots)
+        l->free_slots = free_slots;
+    if (!connections || !generations || !free_slots)
+        return -1;
+    for (uint32_t i = room; i-- > l->room;) {
+        connections[i] = NULL;
+        generations[i] = 0;
+        free_slots[l->free_count++] = i;
+    }
+    l->room = room;
+    return 0;
+}
+
+static void reset(int fd)
+{
+    struct linger abort = {1, 0};
+
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &abort, sizeof abort);
+    close(fd);
+}
+
+/* l->open was counted by the loop that accepted it. */
+static void establish(struct mprpc_loop *l, int fd)
+{
+    int on = 1;
+    struct connection *c = calloc(1, sizeof *c);
+
+    if (!c || (l->free_count == 0 && slots_grow(l))) {
+        incident(l, fd, MPRPC_NO_MEMORY);
+        goto refused;
+    }
+    mprpc_session_init(&c->session, l->services, l->limits.payload_max, (int)l->limits.classic);
+    c->session.draining = (uint8_t)(l->draining != 0); /* without GOAWAY: it may be a classic one */
+    c->fd = fd;
+    c->slot = l->free_slots[l->free_count - 1];
+    c->generation = l->generations[c->slot];
+    c->events = IN;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a unix socket has none */
+    if (poller_set(&l->poller, fd, key_of(c), IN, 1))
+        goto refused;
+    l->free_count--;
+    l->connections[c->slot] = c;
+    atomic_fetch_add(&l->accepted, 1u);
+    return;
+refused:
+    free(c);
+    atomic_fetch_sub(&l->open, 1u);
+    reset(fd);
+}
+
+static void post(struct mprpc_loop *l, struct task *t)
+{
+    pthread_mutex_lock(&l->mutex);
+    int first = l->tasks == NULL, closed = l->closed;
+    if (!closed) {
+        t->next = NULL;
+        *l->tasks_end = t;
+        l->tasks_end = &t->next;
+    }
+    pthread_mutex_unlock(&l->mutex);
+    if (closed) {
+        if (t->fd >= 0)
+            reset(t->fd);
+        free(t);
+    } else if (first) {
+        ssize_t n = write(l->wake[1], "", 1); /* full: it is awake anyway */
+        (void)n;
+    }
+}
+
+static void spread(struct mprpc_loop *l, int fd)
+{
+    struct mprpc_loop *to = l->loops[0];
+    unsigned total = 0, fewest = UINT_MAX;
+
+    for (size_t i = 0; i < l->loops_count; i++) {
+        unsigned open = atomic_load(&l->loops[i]->open);
+        total += open;
+        if (open < fewest) {
+            fewest = open;
+            to = l->loops[i];
+        }
+    }
+    if (total >= l->limits.connections_max) {
+        incident(l, fd, MPRPC_CROWDED);
+        reset(fd);
+        return;
+    }
+    atomic_fetch_add(&to->open, 1u);
+    if (to == l) {
+        establish(l, fd);
+        return;
+    }
+    struct task *t = calloc(1, sizeof *t);
+    if (!t) {
+        atomic_fetch_sub(&to->open, 1u);
+        reset(fd);
+        return;
+    }
+    t->fd = fd;
+    post(to, t);
+}
+
+/* Out of descriptors: give up the spare one for a moment, so that the caller hears a reset instead of nothing, and
+ * the listener does not stay ready for ever (the way of muduo's Acceptor). */
+static void refuse_one(struct mprpc_loop *l)
+{
+    if (l->spare >= 0)
+        close(l->spare);
+    int fd = accept(l->listener, NULL, NULL);
+    if (fd >= 0) {
+        incident(l, fd, MPRPC_NO_DESCRIPTOR);
+        reset(fd);
+    } else {
+        usleep(1000); /* another thread was quicker to the descriptor: do not spin on a listener that stays ready */
+    }
+    l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
+static void accept_some(struct mprpc_loop *l)
+{
+    for (int i = 0; i < ACCEPT_MAX; i++) {
+#ifdef __linux__
+        int fd = accept4(l->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+        int fd = accept(l->listener, NULL, NULL);
+        if (fd >= 0 && (fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 || fcntl(fd, F_SETFL, O_NONBLOCK) < 0)) {
+            close(fd);
+            continue;
+        }
+#endif
+        if (fd >= 0) {
+            spread(l, fd);
+        } else if (errno == EMFILE || errno == ENFILE) {
+            refuse_one(l);
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            return;
+        } /* else: that one went away before it was accepted; the next */
+    }
+}
+
+/* ---- other threads ---- */
+
+int mprpc_loop_answer(struct mprpc_loop *l, const struct mprpc_ticket *ticket, int32_t status, int not_run,
+                      const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
+                      const uint8_t *payload, size_t size)
+{
+    struct task *t = malloc(sizeof *t + text_size + details_size + size);
+
+    if (!t)
+        return -1;
+    *t = (struct task){.ticket = *ticket, .fd = -1, .status = status, .not_run = not_run != 0,
+                       .text_size = (uint32_t)text_size, .details_size = (uint32_t)details_size, .size = size};
+    if (text_size)
+        memcpy(t->bytes, text, text_size);
+    if (details_size)
+        memcpy(t->bytes + text_size, details, details_size);
+    if (size)
+        memcpy(t->bytes + text_size + details_size, payload, size);
+    post(l, t);
+    return 0;
+}
+
+void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace)
+{
+    pthread_mutex_lock(&l->mutex);
+    if (grace < l->grace)
+        l->grace = grace;
+    pthread_mutex_unlock(&l->mutex);
+    ssize_t n = write(l->wake[1], "", 1);
+    (void)n;
+}
+
+static void drain_all(struct mprpc_loop *l)
+{
+    l->draining = 1;
+    for (uint32_t i = 0; i < l->room; i++) {
+        struct connection *c = l->connections[i];
+        struct mprpc_bytes out = {0};
+        if (!c || c->ended || c->session.dialect == MPRPC_CLASSIC)
+            continue;
+        if (c->session.dialect == MPRPC_UNKNOWN)
+            c->session.draining = 1;
+        else if (mprpc_session_drain(&c->session, &out) == 0 && out.size)
+            put(l, c, out.at, out.size, NULL, 0);
+        mprpc_bytes_free(&out);
+    }
+}
+
+static void end_all(struct mprpc_loop *l)
+{
+    l->ending = 1;
+    l->lingering.timeout = LINGER_STOP;
+    if (l->listener >= 0) {
+        poller_remove(&l->poller, l->listener);
+        close(l->listener);
+        l->listener = -1;
+    }
+    for (uint32_t i = 0; i < l->room; i++) {
+        struct connection *c = l->connections[i];
+        if (!c || c->ended)
+            continue;
+        if (c->session.dialect == MPRPC_FRAMED)
+            end(l, c);
+        else
+            destroy(l, c, 1);
+    }
+}
+
+static void perform(struct mprpc_loop *l, struct task *t)
+{
+    struct mprpc_reply r = {.call_id = t->ticket.call_id, .status = t->status, .not_run = t->not_run,
+                            .text = t->bytes, .text_size = t->text_size,
+                            .details = t->bytes + t->text_size, .details_size = t->details_size};
+
+    if (t->fd >= 0 && l->ending) {
+        atomic_fetch_sub(&l->open, 1u);
+        reset(t->fd);
+    } else if (t->fd >= 0) {
+        establish(l, t->fd);
+    } else {
+        answer(l, t->ticket.connection, &r, t->bytes + t->text_size + t->details_size, t->size);
+    }
+    free(t);
+}
+
+static void woken(struct mprpc_loop *l)
+{
+    char drop[64];
+
+    while (read(l->wake[0], drop, sizeof drop) == sizeof drop)
+        continue;
+    pthread_mutex_lock(&l->mutex);
+    struct task *t = l->tasks;
+    l->tasks = NULL;
+    l->tasks_end = &l->tasks;
+    uint64_t grace = l->grace;
+    pthread_mutex_unlock(&l->mutex);
+    for (struct task *next; t; t = next) {
+        next = t->next;
+        perform(l, t);
+    }
+    if (grace == FOREVER)
+        return;
+    if (!l->draining)
+        drain_all(l);
+    if (l->now + grace < l->stop_at)
+        l->stop_at = l->now + grace;
+}
+
+/* ---- the turn ---- */
+
+static void timers(struct mprpc_loop *l)
+{
+    while (due(&l->frames) <= l->now)
+        broken(l, l->frames.first, MPRPC_STALLED);
+    while (due(&l->lingering) <= l->now)
+        destroy(l, l->lingering.first, 0);
+    if (l->draining && !l->ending && (atomic_load(&l->in_flight) == 0 || l->stop_at <= l->now))
+        end_all(l);
+}
+
+static uint64_t patience(const struct mprpc_loop *l)
+{
+    uint64_t at = due(&l->frames);
+
+    if (l->queued || (l->draining && !l->ending && atomic_load(&l->in_flight) == 0))
+        return 0;
+    at = due(&l->lingering) < at ? due(&l->lingering) : at;
+    at = l->ending || l->stop_at > at ? at : l->stop_at;
+    return at == FOREVER ? FOREVER : at > l->now ? at - l->now : 0;
+}
+
+static int stopped(struct mprpc_loop *l)
+{
+    if (!l->ending || atomic_load(&l->open) != 0)
+        return 0;
+    pthread_mutex_lock(&l->mutex);
+    l->closed = l->tasks == NULL;
+    pthread_mutex_unlock(&l->mutex);
+    return l->closed;
+}
+
+static void serve(struct mprpc_loop *l, const struct ready *r)
+{
+    struct connection *c;
+
+    if ((uint32_t)r->key == KEY_WAKE) {
+        woken(l);
+    } else if ((uint32_t)r->key == KEY_LISTENER) {
+        if (l->listener >= 0)
+            accept_some(l);
+    } else if ((c = connection_at(l, r->key))) {
+        if (r->events & OUT && c->out.size > c->sent)
+            writable(l, c);
+        if (r->events & IN && connection_at(l, r->key) == c && !c->waiting && !c->peer_end &&
+            l->count < MPRPC_BATCH_MAX && l->arena_size <= ARENA_FULL)
+            readable(l, c);
+        else if (connection_at(l, r->key) == c && c->peer_end && !(r->events & OUT))
+            destroy(l, c, 0); /* both sides have ended, or it was reset */
+    }
+}
+
+static void begin(struct mprpc_loop *l)
+{
+    while (l->held_count)
+        free(l->held[--l->held_count]);
+    if (l->scratch.room > ARENA)
+        mprpc_bytes_free(&l->scratch);
+    l->count = 0;
+    l->arena_size = 0;
+    l->slow = l->incident_count ? MPRPC_TURN_SLOW : 0;
+}
+
+int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes, size_t count)
+{
+    struct ready ready[POLL_MAX];
+
+    l->now = clock_ns();
+    flush(l, replies, size, sizes, count);
+    begin(l);
+    for (;;) {
+        int n = poller_wait(&l->poller, ready, patience(l));
+        l->now = clock_ns();
+        if (n < 0)
+            break;
+        queue_on(l);
+        for (int i = 0; i < n; i++)
+            serve(l, &ready[i]);
+        timers(l);
+        if (l->count || l->incident_count)
+            break;
+        if (stopped(l))
+            return MPRPC_TURN_STOPPED;
+        l->arena_size = 0;
+    }
+    return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
+}
+
+/* ---- the rest of the face ---- */
+
+struct mprpc_record *mprpc_loop_records(struct mprpc_loop *l)
+{
+    return l->records;
+}
+
+uint8_t *mprpc_loop_bytes(struct mprpc_loop *l)
+{
+    return l->arena;
+}
+
+size_t mprpc_loop_room(void)
+{
+    return ARENA;
+}
+
+const uint8_t *mprpc_loop_large(struct mprpc_loop *l, uint32_t i)
+{
+    return i < l->count ? l->requests[i].large : NULL;
+}
+
+uint64_t mprpc_loop_deadline(struct mprpc_loop *l, uint32_t i)
+{
+    return i < l->count ? l->requests[i].deadline : 0;
+}
+
+uint64_t mprpc_loop_expiry(struct mprpc_loop *l)
+{
+    uint64_t first = FOREVER;
+
+    for (uint32_t i = 0; i < l->count; i++)
+        if (l->requests[i].deadline && l->requests[i].deadline < first)
+            first = l->requests[i].deadline;
+    return first;
+}
+
+void mprpc_loop_peer(struct mprpc_loop *l, uint32_t i, char *peer)
+{
+    struct connection *c = i < l->count ? connection_at(l, l->requests[i].connection) : NULL;
+
+    peer_name(c ? c->fd : -1, peer);
+}
+
+void mprpc_loop_detach(struct mprpc_loop *l, uint32_t i, struct mprpc_ticket *ticket)
+{
+    struct request *q = still_open(l, i);
+
+    *ticket = q ? (struct mprpc_ticket){q->connection, q->call_id} : (struct mprpc_ticket){UINT64_MAX, 0};
+}
+
+size_t mprpc_loop_incidents(struct mprpc_loop *l, struct mprpc_incident *to, uint64_t *more)
+{
+    size_t n = l->incident_count;
+
+    memcpy(to, l->incidents, n * sizeof *to);
+    *more = l->incidents_lost;
+    l->incident_count = 0;
+    l->incidents_lost = 0;
+    return n;
+}
+
+void mprpc_loop_statistics(struct mprpc_loop *l, struct mprpc_loop_statistics *to)
+{
+    *to = (struct mprpc_loop_statistics){atomic_load(&l->open), atomic_load(&l->accepted), atomic_load(&l->taken),
+                                         atomic_load(&l->broken), atomic_load(&l->in_flight)};
+}
+
+/* ---- birth and death ---- */
+
+static int descriptors(struct mprpc_loop *l, int use_poll)
+{
+    l->poller.ep = -1;
+#ifdef __linux__
+    if (!use_poll && (l->poller.ep = epoll_create1(EPOLL_CLOEXEC)) < 0)
+        return -1;
+    if (pipe2(l->wake, O_CLOEXEC | O_NONBLOCK) < 0)
+        return -1;
+#else
+    (void)use_poll;
+    if (pipe(l->wake) < 0)
+        return -1;
+    for (int i = 0; i < 2; i++)
+        if (fcntl(l->wake[i], F_SETFD, FD_CLOEXEC) < 0 || fcntl(l->wake[i], F_SETFL, O_NONBLOCK) < 0)
+            return -1;
+#endif
+    return poller_set(&l->poller, l->wake[0], KEY_WAKE, IN, 1);
+}
+
+struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const struct mprpc_limits *limits,
+                                  int use_poll)
+{
+    struct mprpc_loop *l = calloc(1, sizeof *l);
+
+    if (!l)
+        return NULL;
+    l->services = services;
+    l->limits = *limits;
+    l->frames.timeout = limits->frame_timeout;
+    l->lingering.timeout = LINGER;
+    l->wake[0] = l->wake[1] = l->listener = l->spare = -1;
+    l->tasks_end = &l->tasks;
+    l->grace = l->stop_at = FOREVER;
+    pthread_mutex_init(&l->mutex, NULL);
+    l->arena = malloc(ARENA);
+    if (!l->arena || descriptors(l, use_poll) < 0) {
+        int why = errno;
+        mprpc_loop_free(l);
+        errno = why;
+        return NULL;
+    }
+    return l;
+}
+
+int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **loops, size_t count)
+{
+    l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    l->loops = calloc(count, sizeof *loops);
+    if (!l->loops || poller_set(&l->poller, listener, KEY_LISTENER, IN, 1) < 0)
+        return -1;
+    l->listener = listener;
+    memcpy(l->loops, loops, count * sizeof *loops);
+    l->loops_count = count;
+    return 0;
+}
+
+static void close_if(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+}
+
+void mprpc_loop_free(struct mprpc_loop *l)
+{
+    for (uint32_t i = 0; i < l->room; i++)
+        if (l->connections[i])
+            destroy(l, l->connections[i], 0);
+    for (struct task *t = l->tasks, *next; t; t = next) {
+        next = t->next;
+        close_if(t->fd);
+        free(t);
+    }
+    while (l->held_count)
+        free(l->held[--l->held_count]);
+    close_if(l->poller.ep);
+    close_if(l->listener);
+    close_if(l->spare);
+    close_if(l->wake[0]);
+    close_if(l->wake[1]);
+    free(l->poller.fds);
+    free(l->poller.keys);
+    free(l->connections);
+    free(l->generations);
+    free(l->free_slots);
+    free(l->queue);
+    free(l->loops);
+    free(l->arena);
+    mprpc_bytes_free(&l->scratch);
+    pthread_mutex_destroy(&l->mutex);
+    free(l);
+}

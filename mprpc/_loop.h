@@ -1,0 +1,100 @@
+/* A provider's event loop: the system calls around server sessions. One thread turns it; the interpreter's lock is
+ * not held inside a turn. */
+#ifndef MPRPC_LOOP_H
+#define MPRPC_LOOP_H
+
+#include "_session.h"
+
+enum {
+    MPRPC_BATCH_MAX = 256,     /* requests in one turn: what bounds how long the first one's answer waits */
+    MPRPC_FAIR_MAX = 64,       /* frames of one connection in one turn, so that a flood starves nobody */
+    MPRPC_CHUNK = 65536,       /* bytes taken from one connection at once; what is larger gets a buffer of its own */
+    MPRPC_INCIDENTS_MAX = 64,  /* remembered for the log until the next turn; more are only counted */
+    MPRPC_PEER_MAX = 128,      /* bytes of an address in words */
+};
+
+struct mprpc_limits {
+    uint64_t frame_timeout;   /* ns in which a frame that has begun must make progress */
+    uint32_t payload_max;     /* bytes */
+    uint32_t output_max;      /* bytes waiting for a slow reader before its requests are no longer read */
+    uint32_t connections_max; /* over all loops of a provider */
+    uint32_t classic;         /* is the dialect served */
+};
+
+/* One request of a turn, as Python sees it: its arguments lie at offset in the turn's bytes. */
+struct mprpc_record {
+    uint32_t method, offset, size;
+};
+
+/* Something for the log. */
+struct mprpc_incident {
+    int64_t reason; /* mprpc_malformed, mprpc_violation or mprpc_trouble */
+    char peer[MPRPC_PEER_MAX];
+};
+
+enum mprpc_trouble {
+    MPRPC_STALLED = -40,       /* a frame made no progress within frame_timeout */
+    MPRPC_CROWDED = -41,       /* a connection over connections_max was refused */
+    MPRPC_NO_DESCRIPTOR = -42, /* no descriptor was left for a connection */
+    MPRPC_LONG_CLASSIC = -43,  /* a classic response over 1,024 bytes, which the C++ consumer reads only the start of */
+};
+
+/* Outlives its turn: whom to answer later. */
+struct mprpc_ticket {
+    uint64_t connection, call_id;
+};
+
+struct mprpc_loop_statistics {
+    uint64_t connections, accepted, requests, broken, in_flight;
+};
+
+struct mprpc_loop;
+
+/* use_poll: poll(2) also where epoll is to be had. NULL without descriptors or memory (errno). services and, in Python,
+ * whatever owns them must outlive the loop. */
+struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const struct mprpc_limits *limits,
+                                  int use_poll);
+void mprpc_loop_free(struct mprpc_loop *loop);
+/* The loop accepts on this listening, non-blocking socket (it owns it from now on) and spreads the connections evenly
+ * over loops[0, count). Before the first turn. 0 or -1 (errno). */
+int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count);
+
+enum {
+    MPRPC_TURN_STOPPED = -1, /* nothing left to do, for good */
+    MPRPC_TURN_COUNT = 1023, /* mask: how many requests */
+    MPRPC_TURN_SLOW = 1024,  /* bit: a request is not in the turn's bytes, or there are incidents */
+    MPRPC_TURN_SHIFT = 11,   /* above: how many of the turn's bytes are used */
+};
+/* Loop thread only. Answers the last turn's requests i < count with sizes[i] bytes each of `replies`, one behind the
+ * other (below 0: it was answered or detached already; sizes NULL: one reply of `size` bytes), then waits for requests:
+ * returns them as the constants above say. 0 requests: a signal came, look at it and turn again. */
+int64_t mprpc_loop_turn(struct mprpc_loop *loop, const uint8_t *replies, size_t size, const int32_t *sizes,
+                        size_t count);
+/* Where a turn's records and bytes are; constant for the loop's life. */
+struct mprpc_record *mprpc_loop_records(struct mprpc_loop *loop);
+uint8_t *mprpc_loop_bytes(struct mprpc_loop *loop);
+size_t mprpc_loop_room(void);
+
+/* Loop thread only, about request i of this turn, until the next. */
+const uint8_t *mprpc_loop_large(struct mprpc_loop *loop, uint32_t i); /* its arguments, NULL if they are in the bytes */
+int mprpc_loop_expired(struct mprpc_loop *loop, uint32_t i); /* 1: its deadline has passed, which was answered */
+uint64_t mprpc_loop_expiry(struct mprpc_loop *loop); /* the first deadline of the turn, monotonic ns, or UINT64_MAX */
+uint64_t mprpc_loop_deadline(struct mprpc_loop *loop, uint32_t i); /* monotonic ns, 0 for none */
+void mprpc_loop_peer(struct mprpc_loop *loop, uint32_t i, char *peer);
+void mprpc_loop_reply(struct mprpc_loop *loop, uint32_t i, const uint8_t *payload, size_t size); /* at once */
+void mprpc_loop_fail(struct mprpc_loop *loop, uint32_t i, int32_t status, int not_run, const uint8_t *text,
+                     size_t text_size, const uint8_t *details, size_t details_size);
+void mprpc_loop_detach(struct mprpc_loop *loop, uint32_t i, struct mprpc_ticket *ticket);
+/* Copies the incidents since the last call to `to` (room MPRPC_INCIDENTS_MAX), returns how many; *more: not kept. */
+size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, uint64_t *more);
+
+/* Any thread. The answer goes to its own call or nowhere. 0, or -1 without memory. */
+int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
+                      const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
+                      const uint8_t *payload, size_t size);
+/* Any thread. GOAWAY to all, no new requests; when nothing is in flight or `grace` ns have passed the connections
+ * end and the turn returns MPRPC_TURN_STOPPED. Again, with less grace: sooner. */
+void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace);
+void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
+
+#endif

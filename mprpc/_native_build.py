@@ -1,0 +1,145 @@
+"""Builds `mprpc._native`, the C units behind one cffi interface; setup.py runs it.
+
+The declarations below are what Python uses of the headers; the compiler checks them against the headers, which hold
+the documentation. `...` leaves out what Python does not touch.
+"""
+
+from cffi import FFI
+
+HEADERS = ("_codec.h", "_session.h", "_loop.h", "_channel.h")
+SOURCES = ("_codec.c", "_session.c", "_loop.c", "_channel.c")
+
+DECLARATIONS = """
+enum { MPRPC_HEADER_MAX = 65535, MPRPC_METADATA_MAX = 128, ... };
+struct mprpc_frame {
+    const uint8_t *header, *payload, *service, *method, *error_text, *error_details;
+    uint64_t call_id;
+    uint32_t header_size, payload_size, service_size, method_size, error_text_size, error_details_size;
+    uint32_t kind, timeout_ms, compression, attempt, metadata_count;
+    int32_t status;
+    uint8_t not_run;
+    ...;
+};
+struct mprpc_reply {
+    uint64_t call_id;
+    const uint8_t *text, *details;
+    uint32_t text_size, details_size, payload_size, kind;
+    int32_t status;
+    uint8_t not_run;
+    ...;
+};
+int64_t mprpc_split(const uint8_t *bytes, size_t size, uint32_t payload_max, struct mprpc_frame *frames, size_t room,
+                    size_t *count, uint64_t *need);
+size_t mprpc_put_reply(uint8_t *to, const struct mprpc_reply *reply);
+size_t mprpc_put_call(uint8_t *to, const uint8_t *names, uint32_t names_size, uint32_t args_size, uint64_t call_id,
+                      uint32_t timeout_ms);
+size_t mprpc_put_names(uint8_t *to, const uint8_t *service, uint32_t service_size, const uint8_t *method,
+                       uint32_t method_size);
+
+struct mprpc_bytes { uint8_t *at; size_t size, room; };
+void mprpc_bytes_free(struct mprpc_bytes *b);
+struct mprpc_services;
+struct mprpc_services *mprpc_services_new(void);
+void mprpc_services_free(struct mprpc_services *services);
+int mprpc_services_add(struct mprpc_services *services, const uint8_t *service, size_t service_size,
+                       const uint8_t *method, size_t method_size, uint32_t index);
+#define MPRPC_CALLS_MAX ...
+#define MPRPC_NAMES_MAX ...
+#define MPRPC_NO_CLASSIC ...
+const char *mprpc_why(int64_t reason);
+struct mprpc_session { uint32_t in_flight, strays; uint8_t dialect, draining, gone; uint64_t goaway_id, need; ...; };
+struct mprpc_event { struct mprpc_frame frame; uint64_t tag, deadline; uint32_t method; ...; };
+void mprpc_session_init(struct mprpc_session *s, const struct mprpc_services *services, uint32_t payload_max,
+                        int classic_allowed);
+void mprpc_session_free(struct mprpc_session *s);
+int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, size_t size, uint64_t now,
+                              struct mprpc_event *events, size_t room, size_t *count, struct mprpc_bytes *out);
+int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *reply, uint8_t *to);
+int mprpc_session_drain(struct mprpc_session *s, struct mprpc_bytes *out);
+uint64_t mprpc_session_call(struct mprpc_session *s, uint64_t tag);
+int mprpc_session_forget(struct mprpc_session *s, uint64_t call_id);
+
+#define MPRPC_INCIDENTS_MAX ...
+#define MPRPC_PEER_MAX ...
+#define MPRPC_STALLED ...
+#define MPRPC_CROWDED ...
+#define MPRPC_NO_DESCRIPTOR ...
+#define MPRPC_LONG_CLASSIC ...
+#define MPRPC_TURN_SLOW ...
+#define MPRPC_TURN_COUNT ...
+#define MPRPC_TURN_SHIFT ...
+struct mprpc_limits {
+    uint64_t frame_timeout;
+    uint32_t payload_max, output_max, connections_max, classic;
+    ...;
+};
+struct mprpc_record { uint32_t method, offset, size; };
+struct mprpc_incident { int64_t reason; char peer[...]; ...; };
+struct mprpc_ticket { uint64_t connection, call_id; };
+struct mprpc_loop_statistics { uint64_t connections, accepted, requests, broken, in_flight; };
+struct mprpc_loop;
+struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const struct mprpc_limits *limits,
+                                  int use_poll);
+void mprpc_loop_free(struct mprpc_loop *loop);
+int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count);
+int64_t mprpc_loop_turn(struct mprpc_loop *loop, const uint8_t *replies, size_t size, const int32_t *sizes,
+                        size_t count);
+struct mprpc_record *mprpc_loop_records(struct mprpc_loop *loop);
+uint8_t *mprpc_loop_bytes(struct mprpc_loop *loop);
+size_t mprpc_loop_room(void);
+const uint8_t *mprpc_loop_large(struct mprpc_loop *loop, uint32_t i);
+int mprpc_loop_expired(struct mprpc_loop *loop, uint32_t i);
+uint64_t mprpc_loop_expiry(struct mprpc_loop *loop);
+uint64_t mprpc_loop_deadline(struct mprpc_loop *loop, uint32_t i);
+void mprpc_loop_peer(struct mprpc_loop *loop, uint32_t i, char *peer);
+void mprpc_loop_reply(struct mprpc_loop *loop, uint32_t i, const uint8_t *payload, size_t size);
+void mprpc_loop_fail(struct mprpc_loop *loop, uint32_t i, int32_t status, int not_run, const uint8_t *text,
+                     size_t text_size, const uint8_t *details, size_t details_size);
+void mprpc_loop_detach(struct mprpc_loop *loop, uint32_t i, struct mprpc_ticket *ticket);
+size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, uint64_t *more);
+int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
+                      const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
+                      const uint8_t *payload, size_t size);
+void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace);
+void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
+
+#define MPRPC_CALL_SMALL ...
+#define MPRPC_CALL_FAILED ...
+#define MPRPC_CALL_TIMEOUT ...
+#define MPRPC_CALL_BROKEN ...
+#define MPRPC_CALL_INTERRUPTED ...
+#define MPRPC_CALL_FULL ...
+#define MPRPC_LINK_END ...
+#define MPRPC_LINK_CLOSED ...
+#define MPRPC_LINK_GOAWAY ...
+struct mprpc_call {
+    uint8_t *large, *words;
+    int64_t reason;
+    uint32_t text_size, details_size;
+    int32_t status;
+    uint8_t not_run, sent;
+    uint8_t small[...];
+    ...;
+};
+struct mprpc_link;
+struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
+void mprpc_link_free(struct mprpc_link *link);
+void mprpc_link_close(struct mprpc_link *link);
+int64_t mprpc_link_call(struct mprpc_link *link, struct mprpc_call *call, const uint8_t *names, size_t names_size,
+                        const uint8_t *payload, size_t size, uint64_t timeout);
+int64_t mprpc_link_wait(struct mprpc_link *link, struct mprpc_call *call);
+void mprpc_link_forget(struct mprpc_link *link, struct mprpc_call *call);
+void mprpc_call_clear(struct mprpc_call *call);
+int64_t mprpc_link_check(struct mprpc_link *link);
+"""
+
+ffibuilder = FFI()
+ffibuilder.cdef(DECLARATIONS)
+ffibuilder.set_source(
+    "mprpc._native",
+    "".join(f'#include "{header}"\n' for header in HEADERS),
+    sources=[f"mprpc/{source}" for source in SOURCES],
+    include_dirs=["mprpc"],
+    extra_compile_args=["-O2", "-pthread"],
+    extra_link_args=["-pthread"],
+)
