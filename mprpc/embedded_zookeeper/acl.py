@@ -42,8 +42,8 @@ def digest_identity(credentials: bytes) -> Identity:
 
 
 def permitted(entries: Acl, perm: int, identities: Iterable[Identity]) -> bool:
-    """Whether one of the identities holds one of the permissions; an empty ACL (a fresh root) allows everything."""
-    if entries is OPEN_ACL or not entries:
+    """Whether one of the identities holds one of the permissions."""
+    if entries is OPEN_ACL:
         return True
     granting = [entry for entry in entries if entry.perms & perm]
     return any(_is_world(entry) or any(_matches(entry, who) for who in identities) for entry in granting)

@@ -96,15 +96,19 @@ class Keeper:
             Op.SET_WATCHES2: _not_offered,
             Op.ADD_WATCH: _not_offered,
         }
-        self._multi_writers: dict[int, WriteHandler] = {
+        self._multi_writers: dict[int, tuple[Op, WriteHandler]] = {
+            Op.CREATE: (Op.CREATE, self._create),
+            Op.CREATE2: (Op.CREATE, self._create),  # 3.8 takes it for a plain create, and answers it as one
+            Op.DELETE: (Op.DELETE, self._delete),
+            Op.SET_DATA: (Op.SET_DATA, self._set_data),
+            Op.CHECK: (Op.CHECK, self._check),
+        }
+        self._writers: dict[int, WriteHandler] = {
             Op.CREATE: self._create,
             Op.CREATE2: self._create2,
             Op.DELETE: self._delete,
             Op.SET_DATA: self._set_data,
             Op.CHECK: self._check,
-        }
-        self._writers: dict[int, WriteHandler] = {
-            **self._multi_writers,
             Op.SET_ACL: self._set_acl,
             Op.MULTI: self._multi,
             Op.RECONFIG: _reconfig,
@@ -300,8 +304,9 @@ class Keeper:
                 if kind not in self._multi_writers:
                     raise MalformedError(f"a multi with an operation of type {kind}")
                 if failed is None:
+                    answered_as, write = self._multi_writers[kind]
                     try:
-                        results.append(protocol.multi_result(kind, self._multi_writers[kind](txn, reader)))
+                        results.append(protocol.multi_result(answered_as, write(txn, reader)))
                     except ZooKeeperError as error:
                         failed = len(results), error.code
                         results.append(b"")
@@ -358,31 +363,33 @@ class Keeper:
         return protocol.string(reader.string())
 
     def _set_watches(self, peer: Peer, reader: Reader) -> bytes:
-        """After a reconnect: what changed since the client's zxid is told at once, the rest is watched again."""
+        """After a reconnect: what changed since the client's zxid is told at once, the rest is watched again.
+
+        Unlike a watch that fires, 3.8 tells of nodes that the client may not read too.
+        """
         since = reader.long()
         for path in reader.strings():
             node = self.tree.find(path)
             if node is None or node.mzxid > since:
-                self._notify(peer, EventType.DELETED if node is None else EventType.DATA_CHANGED, path, node)
+                self._notify(peer, EventType.DELETED if node is None else EventType.DATA_CHANGED, path)
             else:
                 self._watch_data(peer, path)
         for path in reader.strings():
             node = self.tree.find(path)
             if node is not None:
-                self._notify(peer, EventType.CREATED, path, node)
+                self._notify(peer, EventType.CREATED, path)
             else:
                 self._watch_data(peer, path)
         for path in reader.strings():
             node = self.tree.find(path)
             if node is None or node.pzxid > since:
-                self._notify(peer, EventType.DELETED if node is None else EventType.CHILDREN_CHANGED, path, node)
+                self._notify(peer, EventType.DELETED if node is None else EventType.CHILDREN_CHANGED, path)
             else:
                 self._watch_children(peer, path)
         return b""
 
-    def _notify(self, peer: Peer, event: EventType, path: str, node: Node | None) -> None:
-        if node is None or acl.permitted(node.acl, Perm.READ, peer.identities):
-            self.send(peer, protocol.notice(event, path))
+    def _notify(self, peer: Peer, event: EventType, path: str) -> None:
+        self.send(peer, protocol.notice(event, path))
 
     def _watch_data(self, peer: Peer, path: str) -> None:
         self.watches.data.add(path, peer)

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from .acl import READ_ONLY_ACL, Acl, Identity, Perm, require, resolve
+from .acl import OPEN_ACL, READ_ONLY_ACL, Acl, Identity, Perm, require, resolve
 from .protocol import AclEntry, Code, EventType, ZooKeeperError
 
 ANY_VERSION = -1
@@ -76,7 +76,7 @@ class Tree:
     """All znodes by path. `max_bytes` bounds data, paths and NODE_OVERHEAD_BYTES a node together."""
 
     def __init__(self, max_bytes: int) -> None:
-        root = Node(b"", (), 0, 0, 0)
+        root = Node(b"", OPEN_ACL, 0, 0, 0)
         # The real server knows the root by two names too, and answers for both.
         self._nodes: dict[str, Node] = {"": root, "/": root}
         self._max_bytes = max_bytes
@@ -84,7 +84,11 @@ class Tree:
         self._ephemerals: dict[int, dict[str, None]] = {}
         self._undo: list[Callable[[], None]] | None = None
         self.events: list[Event] = []
-        for path, acl in (("/zookeeper", ()), ("/zookeeper/quota", ()), ("/zookeeper/config", READ_ONLY_ACL)):
+        for path, acl in (
+            ("/zookeeper", OPEN_ACL),
+            ("/zookeeper/quota", OPEN_ACL),
+            ("/zookeeper/config", READ_ONLY_ACL),
+        ):
             self._insert(path, Node(b"", acl, 0, 0, 0))
         self._nodes["/zookeeper/config"].aversion = -1
 

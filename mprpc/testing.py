@@ -1,0 +1,193 @@
+"""What tests need of mprpc, the users' tests as much as ours.
+
+`EmbeddedZooKeeper` is a ZooKeeper of its own for one test, on a free port, that can be made to fail in the ways a real
+one fails. Its clock stands still until the test moves it, so nothing expires by itself and no test need sleep.
+With `pytest_plugins = ["mprpc.testing"]` in a conftest.py the fixture `embedded_zookeeper` is there; pytest itself is
+imported only where pytest is already running.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .embedded_zookeeper import Clock, Code, EmbeddedZooKeeperServer, Limits, Op, SteppedClock
+from .embedded_zookeeper.faults import RequestFault
+from .embedded_zookeeper.server import Connection
+
+__all__ = ["Code", "EmbeddedZooKeeper", "Op"]
+
+
+class EmbeddedZooKeeper(EmbeddedZooKeeperServer):
+    """An embedded ZooKeeper with levers for faults; use it with `with`, or `start` and `stop`.
+
+    What a lever does has happened, and everything it causes has been sent, when it returns. Levers may be pulled from
+    any thread but not from two at once. A session is named by its id: `client.client_id[0]` of a KazooClient, or
+    `owner(path)` of an ephemeral node.
+
+    Session timeouts are negotiated between 2 and 20 `tick_ms`. With `clock=Clock()` time passes by itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        tick_ms: int = 500,
+        clock: Clock | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        super().__init__(port=port, tick_ms=tick_ms, clock=clock or SteppedClock(), limits=limits)
+
+    @property
+    def hosts(self) -> str:
+        """`host:port`, for KazooClient and for the configuration."""
+        return self.address
+
+    def sessions(self) -> list[int]:
+        """The ids of all sessions, connected or not, the oldest first."""
+        return self._call(lambda: [session.id for session in self._keeper.sessions])
+
+    def owner(self, path: str) -> int | None:
+        """The session that an ephemeral node belongs to; 0 for a persistent node, None where there is no node."""
+        node = self._call(lambda: self._keeper.tree.find(path))
+        return None if node is None else node.owner
+
+    def advance(self, seconds: float) -> None:
+        """Lets time pass. Connected clients count as heard of all the while, unless they are stalled.
+
+        Sessions without a connection expire when their timeout passes.
+        """
+        clock = self._clock
+        if not isinstance(clock, SteppedClock):
+            raise TypeError("only a SteppedClock can be advanced")
+
+        def pass_time() -> None:
+            clock.advance(seconds)
+            if not self._faults.stalled:
+                for connection in self._connections:
+                    if connection.session is not None:
+                        self._keeper.sessions.heard_of(connection.session)
+
+        self._call(pass_time)
+
+    def expire_session(self, session_id: int, *, purge: bool = True) -> None:
+        """The session is lost, as after its timeout: its connection ends, and it can't be resumed.
+
+        With purge=False its ephemeral nodes stay until `purge_session`: the ghost of a process whose session the
+        server has not yet cleaned up. Raises KeyError where there is no such session.
+        """
+
+        def expire() -> None:
+            session = self._keeper.sessions.find(session_id)
+            if session is None:
+                raise KeyError(session_id)
+            self._keeper.condemn(session)
+            if purge:
+                self._keeper.close_session(session)
+
+        self._call(expire)
+
+    def purge_session(self, session_id: int) -> None:
+        """Removes the ephemeral nodes of a session expired with purge=False; raises KeyError where there is none."""
+
+        def purge() -> None:
+            session = self._keeper.sessions.find(session_id)
+            if session is None:
+                raise KeyError(session_id)
+            self._keeper.close_session(session)
+
+        self._call(purge)
+
+    def drop_connections(self, session_id: int | None = None) -> int:
+        """Closes all connections, or those of one session; sessions stay. Returns how many there were."""
+
+        def drop() -> int:
+            chosen = [each for each in self._connections if session_id in (None, _session_id(each))]
+            for connection in chosen:
+                self._close(connection, "dropped, as ordered")
+            return len(chosen)
+
+        return self._call(drop)
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Meanwhile nothing is read from any connection nor written to one, as if the network swallowed it."""
+        self._call(lambda: self._set_stalled(True))
+        try:
+            yield
+        finally:
+            self._call(lambda: self._set_stalled(False))
+
+    @contextmanager
+    def answers_held(self) -> Iterator[None]:
+        """Meanwhile requests are carried out, but answers and watch events wait; then all go out, in order."""
+        with self._order("answers_held"):
+            yield
+
+    @contextmanager
+    def connections_refused(self) -> Iterator[None]:
+        """Meanwhile new connections are closed as soon as they are accepted; those that are open stay."""
+        with self._order("connections_refused"):
+            yield
+
+    @contextmanager
+    def expiry_held(self) -> Iterator[None]:
+        """Meanwhile no session expires; those whose time ran out do so afterwards, if still not heard of."""
+        self._call(lambda: self._keeper.sessions.hold(True))
+        try:
+            yield
+        finally:
+            self._call(lambda: self._keeper.sessions.hold(False))
+
+    def refuse_requests(self, code: Code, *, op: Op | None = None, count: int = 1) -> None:
+        """The next `count` requests (of one type, or any but pings) are answered with an error and not carried out."""
+        self._add_fault(RequestFault(op, count, code))
+
+    def lose_answers(self, *, op: Op | None = None, count: int = 1) -> None:
+        """The next `count` requests are carried out, and then their connection closes instead of an answer."""
+        self._add_fault(RequestFault(op, count))
+
+    def restart(self, *, keep_data: bool = True, while_down: Callable[[], object] | None = None) -> None:
+        """Stops and comes back on the same port, with its data and sessions or with neither.
+
+        `while_down` is called in between. Without its data it counts zxids from 0 again, and turns away every client
+        that has seen a higher one, as ZooKeeper does.
+        """
+        self.stop()
+        if not keep_data:
+            self.wipe()
+        if while_down is not None:
+            while_down()
+        self.start()
+
+    def _add_fault(self, fault: RequestFault) -> None:
+        self._call(lambda: self._faults.request_faults.append(fault))
+
+    @contextmanager
+    def _order(self, name: str) -> Iterator[None]:
+        self._call(lambda: setattr(self._faults, name, True))
+        try:
+            yield
+        finally:
+            self._call(lambda: setattr(self._faults, name, False))
+
+    def _set_stalled(self, stalled: bool) -> None:
+        self._faults.stalled = stalled
+        for connection in self._connections:
+            self._watch(connection)
+            self._unflushed[connection] = None
+
+
+def _session_id(connection: Connection) -> int | None:
+    return connection.session.id if connection.session is not None else None
+
+
+if "pytest" in sys.modules:
+    import pytest
+
+    @pytest.fixture
+    def embedded_zookeeper() -> Iterator[EmbeddedZooKeeper]:
+        """An EmbeddedZooKeeper of this test's own, running."""
+        with EmbeddedZooKeeper() as server:
+            yield server
