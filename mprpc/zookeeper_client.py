@@ -1,0 +1,326 @@
+"""A KazooClient with bounds: it carries out a reconciler's requests, posts what happens as events, and can be stopped.
+
+Of kazoo only its asynchronous operations, one state listener and one watch callback are used, and these do nothing but
+post: a ZooKeeper call inside a listener deadlocks kazoo, and its recipe watchers stop for good when a path is deleted
+and made again. Its `stop` waits as long as the session's timeout for a server that is silent; so stopping runs on a
+thread of its own, and after a grace the connection is cut under it. All of that goes through kazoo's handler, which is
+its documented place for such things; the negotiated session timeout, which kazoo keeps to itself, is overheard.
+
+kazoo resolves the servers' names anew before each round of connection attempts. It is imported when a client is made.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import threading
+from contextlib import suppress
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from mprpc.desk import (
+    Answer,
+    Children,
+    Connected,
+    Create,
+    Delete,
+    Ended,
+    Exists,
+    Fired,
+    Read,
+    Request,
+    Stat,
+    Suspended,
+    Transaction,
+)
+from mprpc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mprpc.config import MprpcConfig
+    from mprpc.desk import Event, Operation
+
+__all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options"]
+
+CONNECT_TIMEOUT = 1.5
+"""Seconds for a TCP connection (and TLS) to one server. kazoo would wait for the session's timeout, which neither the
+next server of the list nor somebody who stops can."""
+
+RETRY_DELAY = 0.5
+"""Seconds, at most, between two rounds of connection attempts: what an outage lasts longer for us."""
+
+CLOSE_GRACE = 0.5
+"""The part of a stop's time in which the session is closed the polite way; then the connection is cut."""
+
+_log = logging.getLogger(__name__)
+_kazoo_log = logging.getLogger("mprpc.kazoo")
+# kazoo warns at each failed attempt, and prints whole requests, credentials included, when it debugs.
+_kazoo_log.addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+class ZooKeeperClient:
+    """One KazooClient. The registry's thread makes, drives and stops it; `post` is called on kazoo's threads.
+
+    `client_id` takes over the session of a client that was thrown away. Raises ConfigError where the configuration asks
+    for something that is not installed.
+    """
+
+    def __init__(
+        self, config: MprpcConfig, post: Callable[[Event], None], client_id: tuple[int, bytes] | None = None
+    ) -> None:
+        from kazoo.client import KazooClient
+        from kazoo.retry import KazooRetry
+        from kazoo.security import CREATOR_ALL_ACL, OPEN_ACL_UNSAFE
+
+        self._post = post
+        self._open_acl = OPEN_ACL_UNSAFE
+        self._own_acl = CREATOR_ALL_ACL if config.zookeeper_acl == "creator" else OPEN_ACL_UNSAFE
+        self._timeout = config.session_timeout
+        self._why = "the client gave up"
+        self._handler = _handler_class()(ended=self._ended)
+        jitter = 0.4  # kazoo adds it to the longest delay, too
+        retry = KazooRetry(max_tries=-1, delay=0.05, max_delay=RETRY_DELAY / (1 + jitter), max_jitter=jitter)
+        self._kazoo = KazooClient(
+            handler=self._handler, client_id=client_id, connection_retry=retry, **kazoo_options(config)
+        )
+        self._overhear_timeout()
+        self._kazoo.add_listener(self._listen)
+
+    def start(self) -> None:
+        """Returns at once."""
+        self._kazoo.start_async()
+
+    @property
+    def client_id(self) -> tuple[int, bytes] | None:
+        """The session and its password while there is a connection. Any thread."""
+        client_id: tuple[int, bytes] | None = self._kazoo.client_id
+        return client_id
+
+    def execute(self, request: Request) -> None:
+        """Send an operation. Its answer is posted, unless the connection is lost first."""
+        operation = request.operation
+        try:
+            result = self._start(operation)
+        except Exception as error:  # kazoo reports a client that is closed by raising, whatever the operation
+            self._fail(request.token, error)
+            return
+        result.rawlink(partial(self._answer, request.token, operation))
+
+    def stop(self, timeout: float) -> bool:
+        """Close the session and release everything, within `timeout` seconds; False if kazoo hangs longer than that."""
+        grace = timeout * CLOSE_GRACE if self._kazoo.connected else 0.0
+        closer = threading.Thread(target=self._close, name="mprpc-registry-close", daemon=True)
+        closer.start()
+        closer.join(grace)
+        if closer.is_alive():
+            self._handler.abort()
+            closer.join(max(timeout - grace, 0.0))
+        return not closer.is_alive()
+
+    def forget(self) -> None:
+        """In a child after a fork: close the inherited descriptors, and say nothing to the parent's connection."""
+        self._handler.forget()
+
+    def _close(self) -> None:
+        try:
+            self._kazoo.stop()
+            self._kazoo.close()
+        except Exception as error:
+            _log.warning("a ZooKeeper client was left behind: %s", error)
+
+    def _start(self, operation: Operation) -> Any:
+        kazoo = self._kazoo
+        if isinstance(operation, Create):
+            return kazoo.create_async(operation.path, operation.data, self._acl(operation), operation.ephemeral)
+        if isinstance(operation, Delete):
+            return kazoo.delete_async(operation.path)
+        if isinstance(operation, Exists):
+            return kazoo.exists_async(operation.path, self._watch)
+        if isinstance(operation, Read):
+            return kazoo.get_async(operation.path, self._watch if operation.watch else None)
+        if isinstance(operation, Children):
+            return kazoo.get_children_async(operation.path, self._watch, include_data=True)
+        transaction = kazoo.transaction()
+        for step in operation.operations:
+            if isinstance(step, Create):
+                transaction.create(step.path, step.data, self._acl(step), step.ephemeral)
+            else:
+                transaction.delete(step.path)
+        return transaction.commit_async()
+
+    def _acl(self, operation: Create) -> Any:
+        return self._open_acl if operation.open else self._own_acl
+
+    # On kazoo's threads: nothing but posting.
+
+    def _answer(self, token: int, operation: Operation, result: Any) -> None:
+        if result.exception is not None:
+            self._fail(token, result.exception)
+        elif isinstance(operation, Transaction):
+            self._answer_transaction(token, result.value)
+        else:
+            self._post(Answer(token, _value(operation, result.value)))
+
+    def _answer_transaction(self, token: int, results: list[Any]) -> None:
+        from kazoo.exceptions import RolledBackError, RuntimeInconsistency
+
+        errors = [result for result in results if isinstance(result, Exception)]
+        # Those before and after the one that failed say only that they were not carried out.
+        guilty = [error for error in errors if not isinstance(error, (RolledBackError, RuntimeInconsistency))]
+        if errors:
+            self._fail(token, (guilty or errors)[0])
+        else:
+            self._post(Answer(token))
+
+    def _fail(self, token: int, error: BaseException) -> None:
+        from kazoo.exceptions import ConnectionClosedError, ConnectionLoss, SessionExpiredError, SessionMovedError
+
+        # What became of these is not known: the state listener tells, and everything is looked at again.
+        if not isinstance(error, (ConnectionLoss, ConnectionClosedError, SessionExpiredError, SessionMovedError)):
+            self._post(Answer(token, error=type(error).__name__.removesuffix("Error")))
+
+    def _listen(self, state: str) -> None:
+        client_id = self._kazoo.client_id
+        if state == "CONNECTED" and client_id is not None:
+            self._post(Connected(client_id[0], self._timeout))
+            return
+        if self._kazoo.client_state == "AUTH_FAILED":
+            self._why = "it refuses our credentials, zookeeper_auth or zookeeper_sasl"
+        self._post(Suspended())
+
+    def _ended(self) -> None:
+        self._post(Ended(self._why))
+
+    def _watch(self, event: Any) -> None:
+        if event.type in ("CREATED", "DELETED", "CHANGED", "CHILD"):  # not NONE, which tells of the connection
+            self._post(Fired(event.path, event.type.lower()))
+
+    def _overhear_timeout(self) -> None:
+        connection = self._kazoo._connection
+        invoke = connection._invoke
+
+        def overhear(*args: Any, **kwargs: Any) -> Any:
+            reply = invoke(*args, **kwargs)
+            negotiated = getattr(reply[0], "time_out", 0) if isinstance(reply, tuple) else 0
+            if negotiated > 0:
+                self._timeout = negotiated / 1000.0
+            return reply
+
+        connection._invoke = overhear
+
+
+def _value(operation: Operation, value: Any) -> object:
+    if isinstance(operation, Exists):
+        return None if value is None else _stat(value)
+    if isinstance(operation, Read):
+        return value[0], _stat(value[1])
+    if isinstance(operation, Children):
+        return tuple(value[0]), _stat(value[1])
+    return None
+
+
+def _stat(stat: Any) -> Stat:
+    return Stat(stat.czxid, stat.version, stat.cversion, stat.ephemeralOwner)
+
+
+def kazoo_options(config: MprpcConfig) -> dict[str, Any]:
+    """The keywords for KazooClient that the configuration says. Raises ConfigError where pure-sasl is missing."""
+    options: dict[str, Any] = {
+        "hosts": config.zookeeper_hosts,
+        "timeout": config.session_timeout,
+        "logger": _kazoo_log,
+    }
+    if config.zookeeper_auth:
+        options["auth_data"] = [tuple(config.zookeeper_auth.split(":", 1))]
+    if config.zookeeper_sasl:
+        options["sasl_options"] = _sasl_options(config.zookeeper_sasl)
+    if config.zookeeper_tls_ca or config.zookeeper_tls_cert:
+        options |= {"use_ssl": True, "verify_certs": True, "check_hostname": True}
+        options |= {
+            "ca": config.zookeeper_tls_ca or None,
+            "certfile": config.zookeeper_tls_cert or None,
+            "keyfile": config.zookeeper_tls_key or config.zookeeper_tls_cert or None,
+        }
+    return options
+
+
+def _sasl_options(text: str) -> dict[str, str]:
+    from importlib.util import find_spec
+
+    if find_spec("puresasl") is None:
+        raise ConfigError("zookeeper_sasl: needs the package pure-sasl; pip install pure-sasl")
+    mechanism, user, password = text.split(":", 2)
+    return {"mechanism": mechanism, "username": user, "password": password}
+
+
+@cache
+def _handler_class() -> type[Any]:
+    """kazoo's threading handler, with an end to every wait. Made when kazoo is imported."""
+    from kazoo.handlers.threading import SequentialThreadingHandler
+
+    class Handler(SequentialThreadingHandler):  # type: ignore[misc]
+        """Remembers the sockets, so that they can be cut; tells when the connection's thread has ended."""
+
+        def __init__(self, ended: Callable[[], None]) -> None:
+            super().__init__()
+            self._ended = ended
+            self._lock = threading.Lock()
+            self._aborted = False
+            self._socket: socket.socket | None = None
+            self._pair: tuple[socket.socket, ...] = ()
+            self._pid = os.getpid()
+
+        def start(self) -> None:
+            import atexit
+
+            super().start()
+            atexit.unregister(self.stop)  # it would stop the answers before the registry has withdrawn at exit
+
+        def create_connection(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["timeout"] = min(kwargs.get("timeout") or CONNECT_TIMEOUT, CONNECT_TIMEOUT)
+            if self._aborted:
+                raise OSError(errno.ECONNABORTED, "the client is being stopped")
+            connection = super().create_connection(*args, **kwargs)
+            with self._lock:
+                self._socket = connection
+                if self._aborted:
+                    _cut(connection)
+            return connection
+
+        def create_socket_pair(self) -> Any:
+            self._pair = super().create_socket_pair()
+            return self._pair
+
+        def spawn(self, func: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
+            if getattr(func, "__name__", "") == "zk_loop":
+                func = partial(self._run_connection, func)
+            return super().spawn(func, *args, **kwargs)
+
+        def _run_connection(self, loop: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            try:
+                loop(*args, **kwargs)
+            except Exception as error:
+                _log.debug("kazoo's connection thread ended: %r", error)
+            finally:
+                self._ended()
+
+        def abort(self) -> None:
+            with self._lock:
+                self._aborted = True
+                if self._socket is not None:
+                    _cut(self._socket)
+
+        def forget(self) -> None:
+            for each in (self._socket, *self._pair):
+                if each is not None:
+                    each.close()
+
+    return Handler
+
+
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):  # closed already
+        connection.shutdown(socket.SHUT_RDWR)
