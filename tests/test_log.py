@@ -239,6 +239,9 @@ def test_what_finds_no_room_is_dropped_and_counted(handler: SeedLogHandler) -> N
     assert MAX_QUEUED * 0.9 < len(kept) * size < MAX_QUEUED
     assert sum(dropped) == 2 * MAX_QUEUED // size - len(kept)
     assert ("info", "last", "") in found
+    for _ in range(MAX_QUEUED // size // 2):
+        handler.handle(record(size * "y"))
+    assert sum("yyy" in line for line in lines(handler)) == MAX_QUEUED // size // 2, "there is room again"
 
 
 def test_logging_and_the_end_dont_wait_for_a_disk_that_hangs(
@@ -255,22 +258,26 @@ def test_logging_and_the_end_dont_wait_for_a_disk_that_hangs(
 
 
 @pytest.mark.usefixtures("now")
-def test_a_full_disk_costs_lines_and_is_told_once(handler: SeedLogHandler, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_lines_and_is_told_once_each_time(
+    handler: SeedLogHandler, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(handler.logdir) / "2026-1-5-log.txt"
     path.parent.mkdir()
-    path.symlink_to("/dev/full")
-    for number in range(5):
-        handler.handle(record(str(number)))
-        handler.flush()
-    path.unlink()
-    handler.handle(record("room"))
-    assert lines(handler) == [
-        "6:7:45 =>[info] room",
-        "6:7:45 =>[warning] 5 records dropped: the log's disk was too slow or failed",
-    ]
-    assert capsys.readouterr().err == (
-        f"mprpc: the log in {handler.logdir} can't be written: No space left on device; lines are lost\n"
-    )
+    for _ in range(2):
+        path.symlink_to("/dev/full")
+        for number in range(5):
+            handler.handle(record(str(number)))
+            handler.flush()
+        path.unlink()
+        handler.handle(record("room"))
+        assert lines(handler) == [
+            "6:7:45 =>[info] room",
+            "6:7:45 =>[warning] 5 records dropped: the log's disk was too slow or failed",
+        ]
+        assert capsys.readouterr().err == (
+            f"mprpc: the log in {handler.logdir} can't be written: No space left on device; lines are lost\n"
+        )
+        path.unlink()
 
 
 def test_a_directory_that_cant_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +314,27 @@ put("whole")
     assert (tmp_path / "1970-1-1-log.txt").read_text() == (
         f"{head}{30 * 'a'}\n{head}{(100 - 46 - 15) * 'b'}\n{head}whole\n"
     )
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_process_that_gets_no_thread_keeps_its_lines(
+    handler: SeedLogHandler, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    """They are written by the thread of a later line, or by close(): at the interpreter's end no thread starts."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        handler.handle(record("one"))
+        handler.flush()
+        assert not Path(handler.logdir).exists()
+        if not later:
+            handler.close()
+    if later:
+        handler.handle(record("two"))
+    assert lines(handler) == ["6:7:45 =>[info] one", "6:7:45 =>[info] two"][: 1 + later]
 
 
 # ---- processes
@@ -394,7 +422,7 @@ def test_a_signal_handler_may_log(handler: SeedLogHandler) -> None:
         if frame.f_code.co_filename != log.__file__:
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        if event in ("line", "opcode"):  # Python 3.12.1 has no opcode events for frames that ask for them so late
             steps += 1
             sys.settrace(None)
             handler.handle(interrupting)
@@ -409,7 +437,7 @@ def test_a_signal_handler_may_log(handler: SeedLogHandler) -> None:
             handler.handle(interrupted)
     finally:
         sys.settrace(before)
-    assert steps > 100
+    assert steps > 50
     written = lines(handler)
     assert written.count("6:7:45 =>[info] interrupted") == 3
     assert len(written) == 3 + steps
