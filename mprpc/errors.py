@@ -23,8 +23,8 @@ protobuf never escape as such.
     └── ConfigError                       a configuration that can't be used; its text names file, line and key
 
 `RpcError(Status.NOT_FOUND, "no such user")` builds the class that fits the status and is the same as
-`NotFound("no such user")`, so `except NotFound` works however the error was made. Which statuses a caller may retry is said at each member of `Status`; `not_run` is stronger: the
-framework itself says that the handler never started.
+`NotFound("no such user")`, so `except NotFound` works however the error was made. Which statuses a caller may retry is
+said at each member of `Status`; `not_run` is stronger: the framework itself says that the handler never started.
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""Remote procedure calls for Python services, defined in protobuf and found through ZooKeeper.
+
+A provider:                                        A consumer:
+
+    class Users(UserServiceRpc):                       channel = MprpcChannel(MprpcConfig.load("test.conf"))
+        def Login(self, request, controller):          users = UserServiceRpc_Stub(channel)
+            return LoginResponse(success=True)         users.Login(LoginRequest(name=b"zhang san"))
+
+    provider = RpcProvider(MprpcConfig.load("test.conf"))
+    provider.notify_service(Users())
+    provider.run()
+"""
+
+from mprpc.channel import MprpcChannel, UnaryCall, stub
+from mprpc.config import MprpcConfig, init
+from mprpc.controller import MprpcController
+from mprpc.errors import (
+    Aborted,
+    AlreadyExists,
+    Cancelled,
+    ConfigError,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    ResourceExhausted,
+    RpcError,
+    Status,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from mprpc.provider import RpcProvider
+from mprpc.service import Reply, Service
+
+__all__ = [
+    "Aborted",
+    "AlreadyExists",
+    "Cancelled",
+    "ConfigError",
+    "DataLoss",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "Internal",
+    "InvalidArgument",
+    "MprpcChannel",
+    "MprpcConfig",
+    "MprpcController",
+    "NotFound",
+    "OutOfRange",
+    "PermissionDenied",
+    "Reply",
+    "ResourceExhausted",
+    "RpcError",
+    "RpcProvider",
+    "Service",
+    "Status",
+    "UnaryCall",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "init",
+    "stub",
+]

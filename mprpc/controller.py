@@ -1,0 +1,99 @@
+"""The controller: what one call's caller and handler tell each other beside the messages.
+
+The same class serves on both sides. A caller sets `timeout` before and reads `failed()`, `status`, `error_text()` and
+`peer` after; with a controller a call never raises. A handler reads `peer` and `time_remaining()` and may call
+`set_failed`. Both have the seed's spellings too (`Failed`, `SetFailed`, …), for handlers and callers made for it.
+
+Most calls touch none of this, so an instance starts without an attribute of its own: the class holds the defaults.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from mprpc.errors import RpcError, Status
+
+__all__ = ["MprpcController"]
+
+
+class MprpcController:
+    """State of one call; `reset()` makes it good for another. One thread at a time.
+
+    `timeout`: seconds, for the caller to set; None takes the channel's default.
+    """
+
+    timeout: float | None = None
+    _status: Status = Status.OK
+    _text: str = ""
+    _details: bytes = b""
+    _not_run: bool = False
+    _peer: str = ""
+    _deadline: float | None = None
+
+    def reset(self) -> None:
+        """As new, `timeout` included."""
+        self.__dict__.clear()
+
+    def failed(self) -> bool:
+        """Whether the call has failed; false while it runs."""
+        return self._status is not Status.OK
+
+    def error_text(self) -> str:
+        """One line that says why the call failed, empty if it didn't."""
+        return self._text
+
+    @property
+    def status(self) -> Status:
+        """How the call ended; OK while it runs."""
+        return self._status
+
+    @property
+    def not_run(self) -> bool:
+        """Caller: the framework knows that the handler never started, so the call may be tried again."""
+        return self._not_run
+
+    @property
+    def peer(self) -> str:
+        """The other side's address, `host:port`. Handler: while it runs, or until its Future is resolved."""
+        return self._peer
+
+    def set_failed(self, text: str, status: Status | int = Status.UNKNOWN) -> None:
+        """Handler: fail the call; what it returns then is not sent. `status` OK is refused with ValueError."""
+        error = RpcError(status, text)
+        if error.status is Status.OK:
+            raise ValueError("set_failed(status=Status.OK): a call can't fail with OK, give another status")
+        self._set_error(error)
+
+    def time_remaining(self) -> float | None:
+        """Handler: seconds until the caller stops waiting (0.0 when it has), None when it waits for ever."""
+        deadline = self._deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _set_error(self, error: RpcError) -> None:
+        self._status, self._text, self._details, self._not_run = error.status, error.text, error.details, error.not_run
+
+    def _error(self) -> RpcError:
+        return RpcError(self._status, self._text, details=self._details)
+
+    # The seed's spellings (google::protobuf::RpcController).
+
+    def Reset(self) -> None:
+        """`reset`."""
+        self.reset()
+
+    def Failed(self) -> bool:
+        """`failed`."""
+        return self.failed()
+
+    def ErrorText(self) -> str:
+        """`error_text`."""
+        return self.error_text()
+
+    def SetFailed(self, reason: str) -> None:
+        """`set_failed`."""
+        self.set_failed(reason)
+
+    def __repr__(self) -> str:
+        state: Any = f"{self._status.name}: {self._text}" if self.failed() else "OK"
+        return f"<{type(self).__name__} {state}>"

@@ -1,0 +1,583 @@
+"""The provider: publishes services, answers calls.
+
+One thread turns one loop (`_loop.c`): a turn returns all requests that are there, this module parses them, runs their
+handlers and gives all replies to the next turn. So the interpreter's lock is let go once a turn, not once a system
+call. A handler runs on its loop's thread: it must be short, and must not call a method that its own loop serves. One
+that needs time returns a Future and resolves it from another thread.
+
+Rules: every request is answered exactly once; what a handler raises becomes its own call's error and nothing else;
+services are published before the loops start and don't change after.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import stat
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
+
+from mprpc._native import ffi, lib
+from mprpc.config import MprpcConfig
+from mprpc.controller import MprpcController
+from mprpc.errors import ConfigError, RpcError, Status
+from mprpc.service import MethodEntry, methods_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+
+    from mprpc.registry import Publication, Registry
+
+    Serve = Callable[[bytes, int], bytes | None]
+
+__all__ = ["RpcProvider"]
+
+_log = logging.getLogger("mprpc.provider")
+
+_BACKLOG = 4096  # connections waiting to be accepted: a herd after a restart; the kernel cuts it to somaxconn
+_AT_ONCE = 65536  # bytes of a reply from which it is sent by itself, not with its turn
+_LOG_BURST = 10  # lines a second about bad peers; more are counted in one line
+_JOIN = 1.0  # seconds beyond the grace that stop() waits for a loop's thread
+_NS = 1_000_000_000
+
+_COUNT, _SLOW, _SHIFT = lib.MPRPC_TURN_COUNT, lib.MPRPC_TURN_SLOW, lib.MPRPC_TURN_SHIFT
+_record = struct.Struct("=III")
+
+
+class RpcProvider:
+    """Serves protobuf services on one address and keeps them published in ZooKeeper.
+
+        with RpcProvider(MprpcConfig(rpcserverport=8000)) as provider: …      # or start() and stop()
+        provider.run()                                                        # until SIGTERM or Ctrl-C
+
+    Without `zookeeperip` in the configuration it serves and registers nowhere. All methods: any thread.
+    """
+
+    def __init__(self, config: MprpcConfig | None = None) -> None:
+        self._config = MprpcConfig() if config is None else config
+        self._entries: list[MethodEntry] = []
+        self._lock = threading.RLock()
+        self._loops: list[_Loop] = []
+        self._address = ""
+        self._registry: Registry | None = None
+        self._publication: Publication | None = None
+        self._embedded: Any = None
+        self._stopped = threading.Event()
+        self._wakeup: socket.socket | None = None
+
+    def notify_service(self, service: object) -> None:
+        """Publishes a service: an instance of a class derived from a generated one. Before start().
+
+        Raises TypeError for what can't be published, ValueError for a service whose short name (the last part, all
+        that the seed's znodes and wire know) another one has, RuntimeError once the provider has started.
+        """
+        entries = methods_of(service)
+        with self._lock:
+            if self._loops:
+                raise RuntimeError("the provider has started: publish all services before start() or run()")
+            for new in entries[:1]:
+                self._refuse_duplicate(new)
+            self._entries += entries
+
+    def _refuse_duplicate(self, new: MethodEntry) -> None:
+        for entry in self._entries:
+            if entry.short_service == new.short_service:
+                raise ValueError(
+                    f"{new.service} can't be published beside {entry.service}: a service is also known by its short"
+                    f" name, {new.short_service}, which must be one service's alone; publish it on another provider"
+                )
+
+    @property
+    def address(self) -> str:
+        """Where it listens, `host:port` or `unix:/path`, with the real port; empty before start()."""
+        return self._address
+
+    def start(self) -> None:
+        """Listens, starts the loops' threads, begins to register; returns when calls can come.
+
+        Raises ConfigError when the address can't be listened on, RuntimeError when it has been started before.
+        """
+        with self._lock:
+            if self._loops or self._stopped.is_set():
+                raise RuntimeError("a provider starts once: make another one")
+            listener = _listen(self._config)
+            self._address = _address_of(listener)
+            try:
+                self._start_loops(listener)
+            except BaseException:
+                listener.close()
+                raise
+            _log.info("serving %s on %s", ", ".join(sorted({e.service for e in self._entries})), self._address)
+            if self._config.zookeeper_hosts:
+                self._register()
+
+    def _start_loops(self, listener: socket.socket) -> None:
+        services = ffi.gc(lib.mprpc_services_new(), lib.mprpc_services_free)
+        for index, entry in enumerate(self._entries):
+            name = entry.name.encode()
+            for service in {entry.service, entry.short_service}:
+                lib.mprpc_services_add(services, service.encode(), len(service.encode()), name, len(name), index)
+        loops = [_Loop(self._config, services, self._entries, number) for number in range(self._config.loops)]
+        handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
+        if lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops)) < 0:
+            raise ConfigError(f"can't listen on {self._address}: {os.strerror(ffi.errno)}")
+        listener.detach()
+        self._loops = loops
+        for loop in loops:
+            loop.thread.start()
+
+    def _register(self) -> None:
+        from mprpc.registry import Registration, Registry, advertised_address
+
+        if self._config.zookeeper == "embedded":
+            self._start_embedded()
+        if self._address.startswith("unix:"):
+            _log.warning("%s is registered nowhere: ZooKeeper's readers can't reach a unix socket", self._address)
+            return
+        host, _, port = self._address.rpartition(":")
+        host, port_number = advertised_address(self._config, host.strip("[]"), int(port))
+        services: dict[str, list[str]] = {}
+        for entry in self._entries:
+            services.setdefault(entry.service, []).append(entry.name)
+        self._registry = Registry.open(self._config)
+        self._publication = self._registry.publish(
+            [
+                Registration(
+                    service=service,
+                    methods=tuple(methods),
+                    host=host,
+                    port=port_number,
+                    weight=self._config.weight,
+                    zone=self._config.zone,
+                    tags=self._config.tags,
+                )
+                for service, methods in services.items()
+            ]
+        )
+
+    def _start_embedded(self) -> None:
+        from mprpc.embedded_zookeeper import start_unless_answering
+
+        host, _, port = self._config.zookeeper_hosts.split(",")[0].rpartition(":")
+        self._embedded = start_unless_answering(host.strip("[]"), int(port))
+
+    def wait_registered(self, timeout: float) -> bool:
+        """Waits, at most `timeout` seconds, until ZooKeeper has confirmed all registrations; whether it has.
+
+        True at once where nothing is to be registered.
+        """
+        publication = self._publication
+        return publication is None or publication.wait(timeout)
+
+    def stop(self, grace: float | None = None) -> None:
+        """Leaves: nodes deleted, GOAWAY to all connections, calls in flight finished, connections closed.
+
+        `grace`: seconds for the calls in flight, by default the key `drain_timeout`. Bounded, whatever ZooKeeper does;
+        a second call waits for the first, and makes it quicker when its grace is shorter.
+        """
+        grace = self._config.drain_timeout if grace is None else grace
+        if self._stopped.is_set():
+            self._hurry(grace)
+        with self._lock:
+            first = not self._stopped.is_set()
+            self._stopped.set()
+            if first:
+                self._leave(time.monotonic() + grace)
+        if self._wakeup is not None:
+            self._wake()
+
+    def _leave(self, deadline: float) -> None:
+        if self._publication is not None:
+            self._publication.withdraw(max(0.1, deadline - time.monotonic()))
+        self._hurry(max(0.0, deadline - time.monotonic()))
+        for loop in self._loops:
+            loop.join(max(0.0, deadline - time.monotonic()) + _JOIN)
+        if self._registry is not None:
+            self._registry.close()
+        if self._embedded is not None:
+            self._embedded.stop()
+        if self._address.startswith("unix:"):
+            _remove_socket(self._address[5:])
+
+    def _hurry(self, grace: float) -> None:
+        for loop in self._loops:
+            lib.mprpc_loop_stop(loop.handle, int(grace * _NS))
+
+    def run(self) -> None:
+        """Starts, unless it has started, and serves until SIGTERM, SIGINT or stop(); a second signal stops at once.
+
+        On the main thread it handles both signals, and restores their handlers after; on another it waits for stop().
+        """
+        if not self._loops:
+            self.start()
+        if threading.current_thread() is threading.main_thread():
+            self._run_with_signals()
+        else:
+            self._stopped.wait()
+
+    def _run_with_signals(self) -> None:
+        # A pair of sockets: an Event must not be set by the handler of a signal that came while it was waited on.
+        waker, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            waker.recv(1)
+            self.stop()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before)
+            self._wakeup.close()
+            self._wakeup = None
+            waker.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stopped.is_set():
+            self._hurry(0)
+
+    def _wake(self) -> None:
+        try:
+            if self._wakeup is not None:
+                self._wakeup.send(b"\0")
+        except (BlockingIOError, OSError):
+            _log.debug("run() is awake already")
+
+    def __enter__(self) -> RpcProvider:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # The seed's spellings.
+
+    def NotifyService(self, service: object) -> None:
+        """`notify_service`."""
+        self.notify_service(service)
+
+    def Run(self) -> None:
+        """`run`."""
+        self.run()
+
+
+class _Loop:
+    """One loop and the thread that turns it."""
+
+    def __init__(self, config: MprpcConfig, services: Any, entries: list[MethodEntry], number: int) -> None:
+        limits = ffi.new("struct mprpc_limits *")
+        limits.frame_timeout = int(config.frame_timeout * _NS)
+        limits.payload_max = config.max_payload
+        limits.output_max = config.max_output
+        limits.connections_max = config.max_connections
+        limits.classic = config.classic
+        handle = lib.mprpc_loop_new(services, limits, "MPRPC_POLL" in os.environ)
+        if handle == ffi.NULL:
+            raise ConfigError(f"no loop can be made: {os.strerror(ffi.errno)}")
+        self.handle = ffi.gc(handle, lib.mprpc_loop_free)
+        self.running: MprpcController | None = None
+        self._services = services  # the loop points into it
+        self._max_payload = config.max_payload
+        self._controller = type("ServerController", (_ServerController,), {"_loop": self, "__slots__": ()})
+        self._serve = [self._server_of(entry) for entry in entries]
+        self._lines = _Lines()
+        # A daemon, so that a handler that never ends can't keep the interpreter alive; stop() waits for it, bounded.
+        self.thread = threading.Thread(target=self._turns, name=f"mprpc-loop-{number}", daemon=True)
+
+    def join(self, timeout: float) -> None:
+        if self.thread is threading.current_thread():
+            return
+        self.thread.join(timeout)
+        if self.thread.is_alive():
+            _log.error("a handler on %s has not returned, its thread is left behind", self.thread.name)
+
+    # ---- the hot path ----
+
+    def _turns(self) -> None:
+        turn, handle, serve = lib.mprpc_loop_turn, self.handle, self._serve
+        arena = ffi.buffer(lib.mprpc_loop_bytes(handle), lib.mprpc_loop_room())
+        records = ffi.buffer(lib.mprpc_loop_records(handle), _record.size * _COUNT)
+        unpack_first = _record.unpack_from
+        replies: Any = ffi.NULL
+        sizes: Any = ffi.NULL
+        size = count = 0
+        while (told := turn(handle, replies, size, sizes, count)) >= 0:
+            count = told & _COUNT
+            sizes = ffi.NULL
+            if told & _SLOW:
+                self._log_incidents()
+            if count == 1 and not told & _SLOW:
+                method, at, length = unpack_first(records)
+                replies = serve[method](arena[at : at + length], 0)
+                if replies is not None:
+                    size = len(replies)
+                    continue
+            elif count:
+                replies, sizes = self._batch(arena[: told >> _SHIFT], records[: _record.size * count])
+                size = len(replies)
+                continue
+            replies, size, count = ffi.NULL, 0, 0
+
+    def _batch(self, data: bytes, records: bytes) -> tuple[bytes, list[int]]:
+        """Serves one turn's requests; their replies, and the size of each, -1 where it is sent otherwise."""
+        serve, clock, expired = self._serve, time.monotonic_ns, lib.mprpc_loop_expired
+        expiry = lib.mprpc_loop_expiry(self.handle)
+        replies: list[bytes] = []
+        sizes: list[int] = []
+        for i, (method, at, length) in enumerate(_record.iter_unpack(records)):
+            if clock() >= expiry and expired(self.handle, i):
+                sizes.append(-1)
+                continue
+            arguments = data[at : at + length] if length < _AT_ONCE else self._large(data, i, at, length)
+            reply = serve[method](arguments, i)
+            if reply is None:
+                sizes.append(-1)
+            else:
+                sizes.append(len(reply))
+                replies.append(reply)
+        return b"".join(replies), sizes
+
+    def _large(self, data: bytes, i: int, at: int, length: int) -> bytes:
+        where = lib.mprpc_loop_large(self.handle, i)
+        return data[at : at + length] if where == ffi.NULL else bytes(ffi.buffer(where, length))
+
+    def _server_of(self, entry: MethodEntry) -> Serve:
+        """A function that serves one request of that method: the reply's bytes, None if it is answered otherwise."""
+        parse, handler, kind = entry.request_class.FromString, entry.handler, entry.response_class
+        new, ok = self._controller, Status.OK
+
+        def serve(arguments: bytes, i: int) -> bytes | None:
+            controller = self.running = new()
+            controller._index = i
+            try:
+                response = handler(parse(arguments), controller)
+                if type(response) is kind and controller._status is ok:
+                    reply = response.SerializeToString()
+                    if len(reply) < _AT_ONCE:
+                        return reply
+                    self._reply_at_once(i, reply)
+                else:
+                    self._settle(i, entry, controller, response)
+            except BaseException as error:
+                self._fail(i, _error_of(entry, error, arguments))
+            return None
+
+        return serve
+
+    # ---- what is not a plain response ----
+
+    def _reply_at_once(self, i: int, reply: bytes) -> None:
+        if len(reply) > self._max_payload:
+            self._fail(i, _too_large(len(reply), self._max_payload))
+        else:
+            lib.mprpc_loop_reply(self.handle, i, reply, len(reply))
+
+    def _fail(self, i: int, error: RpcError) -> None:
+        text = error.text.encode(errors="replace")
+        lib.mprpc_loop_fail(self.handle, i, error.status, False, text, len(text), error.details, len(error.details))
+
+    def _settle(self, i: int, entry: MethodEntry, controller: _ServerController, response: Any) -> None:
+        if controller.failed():
+            _discard(response)
+            self._fail(i, controller._error())
+        elif callable(getattr(response, "add_done_callback", None)) and not hasattr(response, "get_loop"):
+            controller._keep()
+            ticket = ffi.new("struct mprpc_ticket *")
+            lib.mprpc_loop_detach(self.handle, i, ticket)
+            response.add_done_callback(lambda future: self._answer(ticket, entry, controller, future))
+        else:
+            self._fail(i, _wrong_type(entry, response))
+
+    def _answer(self, ticket: Any, entry: MethodEntry, controller: MprpcController, future: Any) -> None:
+        """A handler's Future is resolved. Any thread."""
+        reply, error = b"", RpcError(Status.OK)
+        try:
+            response = future.result()
+            if controller.failed():
+                error = controller._error()
+            elif type(response) is entry.response_class:
+                reply = response.SerializeToString()
+            else:
+                error = _wrong_type(entry, response)
+            if len(reply) > self._max_payload:
+                error = _too_large(len(reply), self._max_payload)
+        except BaseException as raised:
+            error = _error_of(entry, raised, None)
+        text = error.text.encode(errors="replace")
+        payload = b"" if error.status else reply
+        lib.mprpc_loop_answer(
+            self.handle, ticket, error.status, False, text, len(text), error.details, len(error.details),
+            payload, len(payload),
+        )  # fmt: skip
+
+    def _log_incidents(self) -> None:
+        incidents, more = ffi.new("struct mprpc_incident[]", lib.MPRPC_INCIDENTS_MAX), ffi.new("uint64_t *")
+        for incident in incidents[0 : lib.mprpc_loop_incidents(self.handle, incidents, more)]:
+            self._lines.warn(_incident(incident.reason, ffi.string(incident.peer).decode()))
+        self._lines.skip(more[0])
+
+
+class _ServerController(MprpcController):
+    """Reads what C knows of the call while the handler runs; `_keep` copies it for a handler that answers later."""
+
+    _loop: _Loop
+    _index: int
+
+    def _now(self) -> bool:
+        return self._loop.running is self and self._loop.thread is threading.current_thread()
+
+    @property
+    def peer(self) -> str:
+        if self._now():
+            name = ffi.new("char[]", lib.MPRPC_PEER_MAX)
+            lib.mprpc_loop_peer(self._loop.handle, self._index, name)
+            return str(ffi.string(name).decode())
+        return self._peer
+
+    def time_remaining(self) -> float | None:
+        if self._now():
+            deadline = lib.mprpc_loop_deadline(self._loop.handle, self._index)
+            self._deadline = deadline / _NS if deadline else None
+        return super().time_remaining()
+
+    def _keep(self) -> None:
+        self._peer = self.peer
+        self.time_remaining()
+
+
+class _Lines:
+    """Log lines about bad peers, at most _LOG_BURST a second: a flood of them must not become a flood of lines."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._count = 0
+        self._skipped = 0
+
+    def warn(self, line: str) -> None:
+        self._tick()
+        if self._count < _LOG_BURST:
+            self._count += 1
+            _log.warning("%s", line)
+        else:
+            self._skipped += 1
+
+    def skip(self, count: int) -> None:
+        self._tick()
+        self._skipped += count
+
+    def _tick(self) -> None:
+        second = int(time.monotonic())
+        if second == self._second:
+            return
+        if self._skipped:
+            _log.warning("%d more lines like these were left out", self._skipped)
+        self._second, self._count, self._skipped = second, 0, 0
+
+
+_TROUBLES = {
+    lib.MPRPC_STALLED: "{peer} sent a part of a frame and then nothing within frame_timeout: closed",
+    lib.MPRPC_CROWDED: "{peer} was refused: max_connections are open",
+    lib.MPRPC_NO_DESCRIPTOR: "{peer} was refused: the process has no file descriptor left (ulimit -n)",
+    lib.MPRPC_LONG_CLASSIC: "{peer} got a classic response over 1024 bytes: the C++ consumer reads only its start",
+}
+
+
+def _incident(reason: int, peer: str) -> str:
+    known = _TROUBLES.get(reason)
+    return known.format(peer=peer) if known else f"{peer} is closed: {ffi.string(lib.mprpc_why(reason)).decode()}"
+
+
+def _error_of(entry: MethodEntry, error: BaseException, arguments: bytes | None) -> RpcError:
+    """What the caller hears of an exception; the traceback stays in this log."""
+    if isinstance(error, RpcError) and error.status:
+        return RpcError(error.status, error.text, details=error.details)  # not_run is the framework's to say
+    if isinstance(error, DecodeError) and arguments is not None and not _parses(entry, arguments):
+        return RpcError(Status.INVALID_ARGUMENT, f"the arguments are no {entry.request_class.DESCRIPTOR.full_name}")
+    _log.error("%s.%s failed, its caller hears INTERNAL", entry.service, entry.name, exc_info=error)
+    return RpcError(Status.INTERNAL, f"the handler raised {type(error).__name__}")
+
+
+def _parses(entry: MethodEntry, arguments: bytes) -> bool:
+    try:
+        entry.request_class.FromString(arguments)
+    except DecodeError:
+        return False
+    return True
+
+
+def _wrong_type(entry: MethodEntry, response: object) -> RpcError:
+    _discard(response)
+    _log.error(
+        "%s.%s returned a %s, its caller hears INTERNAL: it must return a %s or a concurrent.futures.Future of one",
+        entry.service, entry.name, type(response).__qualname__, entry.response_class.DESCRIPTOR.full_name,
+    )  # fmt: skip
+    return RpcError(Status.INTERNAL, "the handler returned no response of its method's type")
+
+
+def _discard(response: object) -> None:
+    close = getattr(response, "close", None)
+    if callable(close) and hasattr(response, "cr_frame"):
+        close()  # a coroutine that nobody will await
+
+
+def _too_large(size: int, limit: int) -> RpcError:
+    return RpcError(Status.RESOURCE_EXHAUSTED, f"the response has {size} bytes, max_payload allows {limit}")
+
+
+def _listen(config: MprpcConfig) -> socket.socket:
+    """A listening, non-blocking socket, or ConfigError."""
+    host, port = config.rpcserverip, config.rpcserverport
+    family, address = _resolve(host, port)
+    if family == socket.AF_UNIX:
+        _remove_socket(address)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        where = host if family == socket.AF_UNIX else f"{host}:{port}"
+        why = error.strerror or str(error)
+        raise ConfigError(f"can't listen on {where}: {why}; change rpcserverip or rpcserverport") from None
+    return listener
+
+
+def _resolve(host: str, port: int) -> tuple[int, Any]:
+    if host.startswith("unix:"):
+        return socket.AF_UNIX, host[5:]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"rpcserverip={host}: {error.strerror or error}") from None
+    return found[0][0], found[0][4]
+
+
+def _address_of(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    return f"[{name[0]}]:{name[1]}" if listener.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
+
+
+def _remove_socket(path: str) -> None:
+    """Removes a unix socket that nobody listens on; anything else at that path is left, and bind() says so."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        return
