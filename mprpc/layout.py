@@ -28,6 +28,7 @@ __all__ = [
     "address_of",
     "ancestors",
     "check_service",
+    "edit_overrides",
     "instance_data",
     "is_ipv4",
     "parse_address",
@@ -105,19 +106,6 @@ class Overrides(NamedTuple):
             return None
         weights = (weight for weight in (mine.weight, self.service.weight, endpoint.weight) if weight is not None)
         return endpoint._replace(weight=next(weights))
-
-    def data(self) -> bytes:
-        """The bytes to write; keys of the same default are left out."""
-        said: dict[str, object] = dict(_said(self.service))
-        instances = {address: _said(override) for address, override in self.instances.items() if _said(override)}
-        if instances:
-            said["instances"] = instances
-        return json.dumps(said, separators=(",", ":"), sort_keys=True).encode() if said else b""
-
-
-def _said(override: Override) -> dict[str, object]:
-    disabled: dict[str, object] = {"disabled": True} if override.disabled else {}
-    return disabled if override.weight is None else disabled | {"weight": override.weight}
 
 
 def check_service(service: str) -> None:
@@ -213,6 +201,26 @@ def parse_overrides(data: bytes | None) -> Overrides:
     said = _object(data)
     instances = _within(said, "instances")
     return Overrides(_override(said), {address: _override(_within(instances, address)) for address in instances})
+
+
+def edit_overrides(data: bytes | None, address: str, override: Override) -> bytes:
+    """`data` with the override of the instance at `address`, or of the service where that is "", set to `override`.
+
+    Keys that this version does not know are kept. Raises ValueError for data that is no JSON object.
+    """
+    said = _object(data) if data else {}
+    instances = _within(said, "instances")
+    mine = _within(instances, address) if address else said
+    for key, value in (("disabled", override.disabled or None), ("weight", override.weight)):
+        mine.pop(key, None)
+        if value is not None:
+            mine[key] = value
+    if address:
+        instances.pop(address, None)
+        said["instances"] = instances | ({address: mine} if mine else {})
+    if not said.get("instances"):
+        said.pop("instances", None)
+    return json.dumps(said, separators=(",", ":"), sort_keys=True).encode() if said else b""
 
 
 def parse_seed(data: bytes | None) -> str:

@@ -174,6 +174,7 @@ class Registrar:
             if claim.wanted.get(number) != address:
                 claim.wanted[number] = address
                 self._look(claim)
+                self._gone(path)  # for another publication that waits until it is deleted: it won't be
 
     def withdraw(self, event: Withdraw) -> None:
         publication = self._publications.get(event.publication)
@@ -349,8 +350,8 @@ class Registrar:
     def _leave(self, instance: _Instance) -> None:
         """Have its node deleted, now or when there is a connection."""
         instance.unsettle()
-        path = instance.path
-        if path and self._instances.pop(path, None) is not None:
+        path, instance.path = instance.path, ""
+        if self._instances.pop(path, None) is not None:
             self._leave_path(path)
             self._delete_leftover(path)
 

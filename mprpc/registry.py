@@ -39,6 +39,7 @@ from mprpc.desk import (
     Replace,
     ReportDown,
     Request,
+    Save,
     Say,
     Show,
     Snapshot,
@@ -51,6 +52,7 @@ from mprpc.desk import (
 from mprpc.errors import ConfigError, Unavailable
 from mprpc.layout import Endpoint, Registration, check_service, parse_address
 from mprpc.reconciler import Reconciler
+from mprpc.saved_lists import SavedLists
 from mprpc.zookeeper_client import ZooKeeperClient
 
 if TYPE_CHECKING:
@@ -260,7 +262,7 @@ class ServiceView:
 
     def _follow(self, methods: tuple[str, ...]) -> None:
         self._shell.post(
-            Follow(self.service, methods, None if self.snapshot.version else self._shell.load(self.service))
+            Follow(self.service, methods, None if self.snapshot.version else self._shell.saved(self.service))
         )
 
     def _show(self, snapshot: Snapshot) -> None:
@@ -292,6 +294,9 @@ class _Shell:
         self._views: dict[str, list[ServiceView]] = {}
         self._events: queue.SimpleQueue[tuple[int, Event] | None] = queue.SimpleQueue()
         self._jobs = _Jobs()
+        self._saved_lists: SavedLists | None = None
+        if config.snapshot_dir:
+            self._saved_lists = SavedLists(config.snapshot_dir, where=self.where, root=config.root)
         self._generation = 0
         self._client_id: tuple[int, bytes] | None = None
         self._stopping: list[threading.Thread] = []
@@ -379,8 +384,8 @@ class _Shell:
             if not views and self._views.pop(view.service, None) is not None:
                 self.post(Unfollow(view.service))
 
-    def load(self, service: str) -> Snapshot | None:
-        return None
+    def saved(self, service: str) -> Snapshot | None:
+        return None if self._saved_lists is None else self._saved_lists.read(service)
 
     # The registry's thread.
 
@@ -427,6 +432,8 @@ class _Shell:
                 self._publications.pop(action.publication, None)
         elif isinstance(action, Probe):
             self._jobs.add(partial(self._run_probe, action))
+        elif isinstance(action, Save):
+            self._save(action)
         elif isinstance(action, Replace):
             self._replace(action.why)
 
@@ -450,6 +457,11 @@ class _Shell:
     def _run_probe(self, action: Probe) -> None:
         alive = self._probe(action.address, action.service, self._config.connect_timeout)
         self.post(Probed(action.service, action.address, alive))
+
+    def _save(self, action: Save) -> None:
+        if self._saved_lists is not None:
+            self._saved_lists.put(action.service, action.snapshot)
+            self._jobs.add(self._saved_lists.write)
 
     def _make_client(self) -> ZooKeeperClient:
         self._generation += 1

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,15 @@ from mprpc.desk import (
     Suspended,
     Transaction,
 )
-from mprpc.errors import ConfigError
+from mprpc.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mprpc.config import MprpcConfig
     from mprpc.desk import Event, Operation
 
-__all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options"]
+__all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options", "own_acl"]
 
 CONNECT_TIMEOUT = 1.5
 """Seconds for a TCP connection (and TLS) to one server. kazoo would wait for the session's timeout, which neither the
@@ -73,11 +73,11 @@ class ZooKeeperClient:
     ) -> None:
         from kazoo.client import KazooClient
         from kazoo.retry import KazooRetry
-        from kazoo.security import CREATOR_ALL_ACL, OPEN_ACL_UNSAFE
+        from kazoo.security import OPEN_ACL_UNSAFE
 
         self._post = post
         self._open_acl = OPEN_ACL_UNSAFE
-        self._own_acl = CREATOR_ALL_ACL if config.zookeeper_acl == "creator" else OPEN_ACL_UNSAFE
+        self._own_acl = own_acl(config)
         self._timeout = config.session_timeout
         self._why = "the client gave up"
         self._handler = _handler_class()(ended=self._ended)
@@ -92,6 +92,18 @@ class ZooKeeperClient:
     def start(self) -> None:
         """Returns at once."""
         self._kazoo.start_async()
+
+    @classmethod
+    @contextmanager
+    def connected(cls, config: MprpcConfig, timeout: float) -> Iterator[Any]:
+        """A KazooClient that is connected, for somebody who asks once; closed afterwards. Raises Unavailable."""
+        client = cls(config, lambda event: None)
+        try:
+            if not client._kazoo.start_async().wait(timeout):
+                raise Unavailable(f"ZooKeeper {config.zookeeper_hosts} can't be reached within {timeout:g} s")
+            yield client._kazoo
+        finally:
+            client.stop(CONNECT_TIMEOUT * 2)
 
     @property
     def client_id(self) -> tuple[int, bytes] | None:
@@ -224,6 +236,13 @@ def _value(operation: Operation, value: Any) -> object:
 
 def _stat(stat: Any) -> Stat:
     return Stat(stat.czxid, stat.version, stat.cversion, stat.ephemeralOwner)
+
+
+def own_acl(config: MprpcConfig) -> Any:
+    """The ACL of the nodes below our root, as kazoo takes it."""
+    from kazoo.security import CREATOR_ALL_ACL, OPEN_ACL_UNSAFE
+
+    return CREATOR_ALL_ACL if config.zookeeper_acl == "creator" else OPEN_ACL_UNSAFE
 
 
 def kazoo_options(config: MprpcConfig) -> dict[str, Any]:
