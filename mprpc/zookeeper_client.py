@@ -46,14 +46,17 @@ if TYPE_CHECKING:
 __all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options", "own_acl"]
 
 CONNECT_TIMEOUT = 1.5
-"""Seconds for a TCP connection (and TLS) to one server. kazoo would wait for the session's timeout, which neither the
-next server of the list nor somebody who stops can."""
+"""Seconds for a TCP connection (and TLS) to one server. kazoo would wait for the session's timeout, for which the next
+server of the list can't wait."""
 
 RETRY_DELAY = 0.5
 """Seconds, at most, between two rounds of connection attempts: what an outage lasts longer for us."""
 
 CLOSE_GRACE = 0.5
 """The part of a stop's time in which the session is closed the polite way; then the connection is cut."""
+
+HANDSHAKE_GRACE = 0.1
+"""Seconds for a handshake that is under way, so that its session is closed and does not live on until its timeout."""
 
 _log = logging.getLogger(__name__)
 _kazoo_log = logging.getLogger("mprpc.kazoo")
@@ -123,7 +126,7 @@ class ZooKeeperClient:
 
     def stop(self, timeout: float) -> bool:
         """Close the session and release everything, within `timeout` seconds; False if kazoo hangs longer than that."""
-        grace = timeout * CLOSE_GRACE if self._kazoo.connected else 0.0
+        grace = timeout * CLOSE_GRACE if self._kazoo.connected else min(timeout, HANDSHAKE_GRACE)
         closer = threading.Thread(target=self._close, name="mprpc-registry-close", daemon=True)
         closer.start()
         closer.join(grace)
@@ -299,14 +302,30 @@ def _handler_class() -> type[Any]:
             atexit.unregister(self.stop)  # it would stop the answers before the registry has withdrawn at exit
 
         def create_connection(self, *args: Any, **kwargs: Any) -> Any:
-            kwargs["timeout"] = min(kwargs.get("timeout") or CONNECT_TIMEOUT, CONNECT_TIMEOUT)
-            if self._aborted:
-                raise OSError(errno.ECONNABORTED, "the client is being stopped")
-            connection = super().create_connection(*args, **kwargs)
+            if kwargs.get("use_ssl"):
+                kwargs["timeout"] = min(kwargs["timeout"], CONNECT_TIMEOUT)
+                return self._remember(super().create_connection(*args, **kwargs))
+            return self._connect(args[0] if args else kwargs["address"])
+
+        def _connect(self, address: tuple[str, int]) -> socket.socket:
+            """Known before it is connected, so that it can be cut meanwhile."""
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            connection = self._remember(socket.socket(family, socket.SOCK_STREAM))
+            try:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.settimeout(CONNECT_TIMEOUT)
+                connection.connect(address)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+        def _remember(self, connection: Any) -> Any:
             with self._lock:
                 self._socket = connection
                 if self._aborted:
-                    _cut(connection)
+                    connection.close()
+                    raise OSError(errno.ECONNABORTED, "the client is being stopped")
             return connection
 
         def create_socket_pair(self) -> Any:
