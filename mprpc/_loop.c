@@ -1033,7 +1033,7 @@ static uint64_t patience(const struct mprpc_loop *l)
 {
     uint64_t at = due(&l->frames);
 
-    if (l->queued || (l->draining && !l->ending && atomic_load(&l->in_flight) == 0))
+    if (l->queued || l->incident_count || (l->draining && !l->ending && atomic_load(&l->in_flight) == 0))
         return 0;
     at = due(&l->lingering) < at ? due(&l->lingering) : at;
     at = l->ending || l->stop_at > at ? at : l->stop_at;
@@ -1088,22 +1088,20 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
     l->now = clock_ns();
     flush(l, replies, size, sizes, count);
     begin(l);
-    for (;;) {
+    while (l->incident_count || !stopped(l)) {
         int n = poller_wait(&l->poller, ready, patience(l));
         l->now = clock_ns();
         if (n < 0)
-            break;
+            return l->slow;
         queue_on(l);
         for (int i = 0; i < n; i++)
             serve(l, &ready[i]);
         timers(l);
         if (l->count || l->incident_count)
-            break;
-        if (stopped(l))
-            return MPRPC_TURN_STOPPED;
+            return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
         l->arena_size = 0;
     }
-    return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
+    return MPRPC_TURN_STOPPED;
 }
 
 /* ---- the rest of the face ---- */
