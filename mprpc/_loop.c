@@ -207,10 +207,10 @@ struct mprpc_loop {
     int wake[2];
     pthread_mutex_t mutex; /* of what follows */
     struct task *tasks, **tasks_end;
-    uint64_t grace;        /* FOREVER: not stopping */
+    uint64_t grace, settle; /* FOREVER: not stopping; how long to go on accepting all the same */
     int closed;
     /* end of what mutex covers */
-    uint64_t stop_at; /* FOREVER: not stopping */
+    uint64_t stop_at, settled_at; /* FOREVER: not stopping */
     int draining, ending;
 
     struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
@@ -930,11 +930,12 @@ int mprpc_loop_answer(struct mprpc_loop *l, const struct mprpc_ticket *ticket, i
     return 0;
 }
 
-void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace)
+void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace, uint64_t settle)
 {
     pthread_mutex_lock(&l->mutex);
     if (grace < l->grace)
         l->grace = grace;
+    l->settle = settle;
     pthread_mutex_unlock(&l->mutex);
     ssize_t n = write(l->wake[1], "", 1);
     (void)n;
@@ -1003,7 +1004,7 @@ static void woken(struct mprpc_loop *l)
     struct task *t = l->tasks;
     l->tasks = NULL;
     l->tasks_end = &l->tasks;
-    uint64_t grace = l->grace;
+    uint64_t grace = l->grace, settle = l->settle;
     pthread_mutex_unlock(&l->mutex);
     for (struct task *next; t; t = next) {
         next = t->next;
@@ -1011,13 +1012,21 @@ static void woken(struct mprpc_loop *l)
     }
     if (grace == FOREVER)
         return;
-    if (!l->draining)
+    if (!l->draining) {
         drain_all(l);
+        l->settled_at = l->now + settle;
+    }
     if (l->now + grace < l->stop_at)
         l->stop_at = l->now + grace;
 }
 
 /* ---- the turn ---- */
+
+/* When a loop that drains ends its connections: with nothing in flight, or out of patience. */
+static uint64_t ends_at(const struct mprpc_loop *l)
+{
+    return atomic_load(&l->in_flight) == 0 && l->settled_at < l->stop_at ? l->settled_at : l->stop_at;
+}
 
 static void timers(struct mprpc_loop *l)
 {
@@ -1025,7 +1034,7 @@ static void timers(struct mprpc_loop *l)
         broken(l, l->frames.first, MPRPC_STALLED);
     while (due(&l->lingering) <= l->now)
         destroy(l, l->lingering.first, 0);
-    if (l->draining && !l->ending && (atomic_load(&l->in_flight) == 0 || l->stop_at <= l->now))
+    if (!l->ending && ends_at(l) <= l->now)
         end_all(l);
 }
 
@@ -1033,10 +1042,10 @@ static uint64_t patience(const struct mprpc_loop *l)
 {
     uint64_t at = due(&l->frames);
 
-    if (l->queued || l->incident_count || (l->draining && !l->ending && atomic_load(&l->in_flight) == 0))
+    if (l->queued || l->incident_count)
         return 0;
     at = due(&l->lingering) < at ? due(&l->lingering) : at;
-    at = l->ending || l->stop_at > at ? at : l->stop_at;
+    at = l->ending || ends_at(l) > at ? at : ends_at(l);
     return at == FOREVER ? FOREVER : at > l->now ? at - l->now : 0;
 }
 
@@ -1206,7 +1215,7 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
     l->lingering.timeout = LINGER;
     l->wake[0] = l->wake[1] = l->listener = l->spare = -1;
     l->tasks_end = &l->tasks;
-    l->grace = l->stop_at = FOREVER;
+    l->grace = l->stop_at = l->settled_at = FOREVER;
     pthread_mutex_init(&l->mutex, NULL);
     l->arena = malloc(ARENA);
     if (!l->arena || descriptors(l, use_poll) < 0) {

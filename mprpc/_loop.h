@@ -92,9 +92,10 @@ size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, 
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size);
-/* Any thread. GOAWAY to all, no new requests; when nothing is in flight or `grace` ns have passed the connections
- * end and the turn returns MPRPC_TURN_STOPPED. Again, with less grace: sooner. */
-void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace);
+/* Any thread. GOAWAY to all; new requests are answered UNAVAILABLE, not_run. When nothing is in flight, but not before
+ * `settle` ns, or when `grace` ns have passed, the connections end and the turn returns MPRPC_TURN_STOPPED. Again, with
+ * less grace: sooner. */
+void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
 
 #endif

@@ -100,7 +100,7 @@ size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, 
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size);
-void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace);
+void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
 
 #define MPRPC_CALL_SMALL ...

@@ -6,7 +6,8 @@ kept-alive connection to an endpoint.
 
 A target says which endpoints a method has: one fixed address, or what the registry's snapshot lists. Calls take them
 in turn; one that could not be sent to its endpoint, or that the provider says never ran, goes on to the next, each
-once. What may have run is not sent again. Deadlines: a timeout becomes a deadline when the call starts; finding a
+once, those that could not be reached lately last. What may have run is sent again only where the method is declared
+idempotent (protobuf's `idempotency_level`). Deadlines: a timeout becomes a deadline when the call starts; finding a
 provider, connecting, sending and waiting all draw on it.
 """
 
@@ -34,6 +35,7 @@ from mprpc.errors import (
     InvalidArgument,
     ResourceExhausted,
     RpcError,
+    Status,
     Unavailable,
 )
 from mprpc.service import attribute_of
@@ -51,6 +53,8 @@ Response = TypeVar("Response", bound=Message)
 
 _NS = 1_000_000_000
 _SMALL = lib.MPRPC_CALL_SMALL
+_IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
+_REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
 _CLASSIC_CHUNK = 65536  # bytes of a classic response taken at once
 
 # Calls' state in C, used again and again; as many as there were calls at the same time.
@@ -251,6 +255,7 @@ class UnaryCall(Generic[Request, Response]):
         self._names_size = len(self._names)
         self._timeout_ns = int(channel._timeout * _NS)
         self._max_payload = channel._config.max_payload
+        self._idempotent = method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN
         self._target = channel._target(method)
 
     def __call__(
@@ -303,8 +308,8 @@ class UnaryCall(Generic[Request, Response]):
             raise
         try:
             return self._finish(endpoint, link, slot, size)
-        except Unavailable as error:
-            if not error.not_run:
+        except RpcError as error:
+            if not self._may_retry(error):
                 raise
         return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller)
 
@@ -315,17 +320,23 @@ class UnaryCall(Generic[Request, Response]):
         if len(payload) > self._max_payload:
             text = f"{self._method.full_name}: the request has {len(payload)} bytes, max_payload allows"
             raise ResourceExhausted(f"{text} {self._max_payload}", not_run=True)
-        failed: list[str] = []
+        failed: RpcError | None = None
         for endpoint in self._target.all(deadline):
             if controller is not None:
                 controller._peer = endpoint.address
             try:
                 return self._call_endpoint(endpoint, payload, deadline)
-            except Unavailable as error:
-                if not error.not_run:
+            except RpcError as error:
+                if not self._may_retry(error):
                     raise
-                failed.append(error.text)
-        raise Unavailable("; ".join(failed) or f"{self._method.full_name}: {self._target.nobody()}", not_run=True)
+                failed = error
+        raise failed or Unavailable(f"{self._method.full_name}: {self._target.nobody()}", not_run=True)
+
+    def _may_retry(self, error: RpcError) -> bool:
+        """Whether the same call may go to another endpoint: it never ran there, or may run twice."""
+        if isinstance(error, Unavailable):
+            return error.not_run or self._idempotent
+        return error.not_run and error.status in (Status.RESOURCE_EXHAUSTED, Status.UNIMPLEMENTED)
 
     def _call_endpoint(self, endpoint: _Endpoint, payload: bytes, deadline: int) -> Response:
         if endpoint.classic:
@@ -335,9 +346,9 @@ class UnaryCall(Generic[Request, Response]):
         try:
             return self._call_link(endpoint, link, payload, deadline)
         except Unavailable as error:
-            if used is None or not error.not_run:
+            if used is None or not self._may_retry(error):
                 raise
-        # The connection had ended since its last call. A new one is not the same try again: nothing was sent.
+        # The connection was an old one, which may have ended since its last call: that says nothing of the endpoint.
         return self._call_link(endpoint, endpoint.connect(deadline), payload, deadline)
 
     def _call_link(self, endpoint: _Endpoint, link: Any, payload: bytes, deadline: int) -> Response:
@@ -434,6 +445,12 @@ class _Endpoint:
         self._config = config
         self._lock = threading.Lock()
         self._closed = False
+        self._rest = 0.0
+        self._rests_until = 0.0
+
+    def resting(self) -> bool:
+        """Whether it could not be reached lately: others go first."""
+        return self.link is None and time.monotonic() < self._rests_until
 
     def connect(self, deadline: int) -> Any:
         """The connection, made if there is none. Raises Unavailable, not_run, also when the deadline passes."""
@@ -443,7 +460,7 @@ class _Endpoint:
             if self._closed:
                 raise _closed()
             if self.link is None:
-                connection = self.socket(deadline)
+                connection = self._reach(deadline)
                 connection.settimeout(None)
                 link = lib.mprpc_link_new(connection.fileno(), self._config.max_payload)
                 if link == ffi.NULL:
@@ -454,6 +471,16 @@ class _Endpoint:
             return self.link
         finally:
             self._lock.release()
+
+    def _reach(self, deadline: int) -> socket.socket:
+        try:
+            connection = self.socket(deadline)
+        except Unavailable:
+            self._rest = min(max(_REST_FIRST, self._rest * 2), _REST_LONGEST)
+            self._rests_until = time.monotonic() + self._rest
+            raise
+        self._rest = self._rests_until = 0.0
+        return connection
 
     def socket(self, deadline: int) -> socket.socket:
         """A new connected socket; as connect()."""
@@ -542,7 +569,7 @@ class _Found:
             self._renew()
         endpoints = self._endpoints
         start = next(self._turn) % len(endpoints) if endpoints else 0
-        return endpoints[start:] + endpoints[:start]
+        return tuple(sorted(endpoints[start:] + endpoints[:start], key=_Endpoint.resting))
 
     def nobody(self) -> str:
         return "no provider is registered for this method"

@@ -44,6 +44,7 @@ _log = logging.getLogger("mprpc.provider")
 _BACKLOG = 4096  # connections waiting to be accepted: a herd after a restart; the kernel cuts it to somaxconn
 _AT_ONCE = 65536  # bytes of a reply from which it is sent by itself, not with its turn
 _LOG_BURST = 10  # lines a second about bad peers; more are counted in one line
+_SETTLE = 100_000_000  # ns for which consumers that only now hear of the end still find somebody who says "not run"
 _JOIN = 1.0  # seconds beyond the grace that stop() waits for a loop's thread
 _NS = 1_000_000_000
 
@@ -208,7 +209,7 @@ class RpcProvider:
 
     def _hurry(self, grace: float) -> None:
         for loop in self._loops:
-            lib.mprpc_loop_stop(loop.handle, int(grace * _NS))
+            lib.mprpc_loop_stop(loop.handle, int(grace * _NS), _SETTLE if self._publication is not None else 0)
 
     def run(self) -> None:
         """Starts, unless it has started, and serves until SIGTERM, SIGINT or stop(); a second signal stops at once.
