@@ -5,9 +5,10 @@ answer (error code, zxid, every field of a Stat but the times) and the watch eve
 by it, in order. Both servers start empty, so zxids must be equal; session ids are compared by whose they are. The
 client is written here from the protocol's description and shares nothing with the server's own codec.
 
-Left out, on purpose: the times of a Stat; a top-level `check` that succeeds, which the real server never answers (in a
-multi it is compared); malformed requests, which the real server answers and tolerates and this one answers and ends;
-container and TTL flags in a multi, which the real server takes for a request it can't read; the order of children, of the ephemeral nodes of one session and of identities, which are hash sets there.
+Left out, on purpose: the times of a Stat; a top-level `check` that succeeds, which the real server never answers (in
+a multi it is compared); malformed requests, which the real server answers and tolerates and this one answers and ends;
+container and TTL flags in a multi, which the real server takes for a request it can't read; the order of children, of
+the ephemeral nodes of one session and of identities, which are hash sets there.
 
     python tests/zookeeper_differential.py --seeds 20 --operations 2000
 """
@@ -15,14 +16,15 @@ container and TTL flags in a multi, which the real server takes for a request it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
+import select
 import socket
 import struct
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,14 +85,18 @@ class Client:
         self._xid = 0
         self.connect(0, bytes(16))
 
-    def connect(self, session_id: int, password: bytes) -> tuple[object, ...]:
+    def connect(self, session_id: int, password: bytes, timeout_ms: int = TIMEOUT_MS) -> tuple[object, ...]:
         """Opens or resumes a session; what came of it, comparable between servers."""
         self._socket = socket.create_connection(("127.0.0.1", self.server.port), ANSWER_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = self._socket.makefile("rb")
-        request = struct.pack(">iqiqi", 0, self.last_zxid, TIMEOUT_MS, session_id, 16) + password + b"\0"
-        self._socket.sendall(struct.pack(">i", len(request)) + request)
-        answer = self._read()
+        request = struct.pack(">iqiqi", 0, self.last_zxid, timeout_ms, session_id, 16) + password + b"\0"
+        self.send(framed(request))
+        try:
+            answer = self.read()
+        except ConnectionError:
+            self.close()
+            raise
         _, timeout, self.session_id, size = struct.unpack_from(">iiqi", answer)
         self.password = answer[20 : 20 + size]
         if self.session_id and self.session_id not in self.server.owners:
@@ -109,13 +115,13 @@ class Client:
         """The server turns it away, and a new session follows."""
         self.close()
         turned_away = self.connect(self.session_id, bytes(16))
-        assert self._stream.read() == b""
+        assert self.hung_up_on()
         self.close()
         return turned_away, self.connect(0, bytes(16))
 
     def end_session(self) -> object:
         answer = self.ask(-11)
-        assert self._stream.read() == b""
+        assert self.hung_up_on()
         self.close()
         return answer, self.connect(0, bytes(16))
 
@@ -123,10 +129,9 @@ class Client:
         """One request: (error code, zxid, what `read` makes of the answer's body)."""
         self._xid += 1
         xid = -2 if op == 11 else self._xid
-        packet = struct.pack(">ii", xid, op) + body
-        self._socket.sendall(struct.pack(">i", len(packet)) + packet)
+        self.send(framed(struct.pack(">ii", xid, op) + body))
         while True:
-            answer = Answer(self._read(), self.server)
+            answer = Answer(self.read(), self.server)
             got, zxid, code = answer.integer(), answer.long(), answer.integer()
             if got == -1:
                 self.events.append((zxid, code, answer.integer(), answer.integer(), answer.string()))
@@ -142,7 +147,25 @@ class Client:
         events, self.events = self.events, []
         return events
 
-    def _read(self) -> bytes:
+    def hung_up_on(self) -> bool:
+        """Whether the server ends the connection; waits for it, whatever else still comes."""
+        with contextlib.suppress(ConnectionResetError):
+            while self._stream.read(1 << 16):
+                continue
+        return True
+
+    def send(self, data: bytes, *, last: bool = False) -> None:
+        """Any bytes; after the last of them the server reads the end of the stream."""
+        self._socket.sendall(data)
+        if last:
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def is_silent(self) -> bool:
+        """Whether nothing of the server's is there to be read."""
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def read(self) -> bytes:
+        """The next packet, whatever it is."""
         head = self._stream.read(4)
         if len(head) < 4:
             raise ConnectionError("the server hung up")
@@ -220,20 +243,24 @@ class Answer:
         return self.integer()
 
 
-def _buffer(data: bytes | None) -> bytes:
+def framed(packet: bytes) -> bytes:
+    return struct.pack(">i", len(packet)) + packet
+
+
+def buffer(data: bytes | None) -> bytes:
     return struct.pack(">i", -1) if data is None else struct.pack(">i", len(data)) + data
 
 
-def _string(text: str) -> bytes:
-    return _buffer(text.encode())
+def string(text: str) -> bytes:
+    return buffer(text.encode())
 
 
-def _strings(texts: Sequence[str]) -> bytes:
-    return struct.pack(">i", len(texts)) + b"".join(map(_string, texts))
+def strings(texts: Sequence[str]) -> bytes:
+    return struct.pack(">i", len(texts)) + b"".join(map(string, texts))
 
 
-def _acl(entries: Entries) -> bytes:
-    parts = [struct.pack(">i", perms) + _string(scheme) + _string(name) for perms, scheme, name in entries]
+def acl_list(entries: Entries) -> bytes:
+    parts = [struct.pack(">i", perms) + string(scheme) + string(name) for perms, scheme, name in entries]
     return struct.pack(">i", len(parts)) + b"".join(parts)
 
 
@@ -290,7 +317,7 @@ class Generator:
         if flags in (2, 3) and self._random.random() < 0.2:
             path = self._random.choice(("/", "/a/", "//"))
         what = f"{path!r} flags={flags} acl={entries} data={None if data is None else len(data)}"
-        return what, _string(path) + _buffer(data) + _acl(entries) + struct.pack(">i", flags)
+        return what, string(path) + buffer(data) + acl_list(entries) + struct.pack(">i", flags)
 
     def _create(self, session: int) -> Step:
         what, body = self._create_body()
@@ -303,17 +330,19 @@ class Generator:
         if self._random.random() < 0.5:
             return Step(session, f"create {what}", lambda client: client.ask(1, body, read))
         return Step(
-            session, f"create2 {what}", lambda client: client.ask(15, body, lambda answer: (read(answer), answer.stat()))
+            session,
+            f"create2 {what}",
+            lambda client: client.ask(15, body, lambda answer: (read(answer), answer.stat())),
         )
 
     def _delete(self, session: int) -> Step:
         path, version = self._path(), self._version()
-        body = _string(path) + struct.pack(">i", version)
+        body = string(path) + struct.pack(">i", version)
         return Step(session, f"delete {path!r} {version}", lambda client: client.ask(2, body))
 
     def _set_data(self, session: int) -> Step:
         path, data, version = self._path(), self._random.choice(DATA), self._version()
-        body = _string(path) + _buffer(data) + struct.pack(">i", version)
+        body = string(path) + buffer(data) + struct.pack(">i", version)
         return Step(session, f"set {path!r} {version}", lambda client: client.ask(5, body, Answer.stat))
 
     def _exists(self, session: int) -> Step:
@@ -329,7 +358,7 @@ class Generator:
 
     def _read(self, session: int, what: str, op: int, read: Callable[[Answer], object]) -> Step:
         path, watch = self._path(), self._random.random() < 0.8
-        body = _string(path) + bytes([watch])
+        body = string(path) + bytes([watch])
         return Step(session, f"{what} {path!r} watch={watch}", lambda client: client.ask(op, body, read))
 
     def _multi(self, session: int) -> Step:
@@ -347,31 +376,31 @@ class Generator:
             what, body = self._create_body(MULTI_FLAGS)
             return f"create {what}", kind, body
         path, version = self._path(), self._version()
-        data = _buffer(self._random.choice(DATA)) if kind == 5 else b""
-        return f"{kind} {path!r} {version}", kind, _string(path) + data + struct.pack(">i", version)
+        data = buffer(self._random.choice(DATA)) if kind == 5 else b""
+        return f"{kind} {path!r} {version}", kind, string(path) + data + struct.pack(">i", version)
 
     def _set_acl(self, session: int) -> Step:
         path, entries, version = self._path(), self._random.choice(ACLS), self._version()
-        body = _string(path) + _acl(entries) + struct.pack(">i", version)
+        body = string(path) + acl_list(entries) + struct.pack(">i", version)
         return Step(session, f"set_acl {path!r} {entries} {version}", lambda client: client.ask(7, body, Answer.stat))
 
     def _get_acl(self, session: int) -> Step:
         path = self._path()
         read = lambda answer: (answer.acl(), answer.stat())  # noqa: E731
-        return Step(session, f"get_acl {path!r}", lambda client: client.ask(6, _string(path), read))
+        return Step(session, f"get_acl {path!r}", lambda client: client.ask(6, string(path), read))
 
     def _sync(self, session: int) -> Step:
         path = self._path()
-        return Step(session, f"sync {path!r}", lambda client: client.ask(9, _string(path), Answer.string))
+        return Step(session, f"sync {path!r}", lambda client: client.ask(9, string(path), Answer.string))
 
     def _authenticate(self, session: int) -> Step:
         credentials = self._random.choice(CREDENTIALS)
-        body = struct.pack(">i", 0) + _string("digest") + _buffer(credentials)
+        body = struct.pack(">i", 0) + string("digest") + buffer(credentials)
         return Step(session, f"auth {credentials!r}", lambda client: client.ask(100, body))
 
     def _change_watches(self, session: int) -> Step:
         path, kind, op = self._path(), self._random.choice((1, 2, 3)), self._random.choice((17, 18))
-        body = _string(path) + struct.pack(">i", kind)
+        body = string(path) + struct.pack(">i", kind)
         what = "check_watches" if op == 17 else "remove_watches"
         return Step(session, f"{what} {path!r} {kind}", lambda client: client.ask(op, body))
 
@@ -380,7 +409,7 @@ class Generator:
         back = self._random.choice((0, 1, 5, 20))
 
         def run(client: Client) -> object:
-            body = struct.pack(">q", max(0, client.last_zxid - back)) + b"".join(map(_strings, lists))
+            body = struct.pack(">q", max(0, client.last_zxid - back)) + b"".join(map(strings, lists))
             return client.ask(101, body)
 
         return Step(session, f"set_watches {back} zxids back {lists}", run)
@@ -389,8 +418,8 @@ class Generator:
         path = self._path()
         return self._random.choice(
             (
-                Step(session, f"ephemerals {path!r}", lambda client: client.ask(103, _string(path), Answer.strings)),
-                Step(session, f"count {path!r}", lambda client: client.ask(104, _string(path), Answer.integer)),
+                Step(session, f"ephemerals {path!r}", lambda client: client.ask(103, string(path), Answer.strings)),
+                Step(session, f"count {path!r}", lambda client: client.ask(104, string(path), Answer.integer)),
                 Step(session, "who_am_i", lambda client: client.ask(107, b"", Answer.pairs)),
             )
         )
@@ -414,7 +443,7 @@ def compare(embedded_port: int, real_port: int, seed: int, operations: int) -> i
     generator, events = Generator(seed), 0
     shown: deque[str] = deque(maxlen=SHOWN_STEPS)
     clients: list[list[Client]] = []
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for server in servers:
             clients.append([Client(server) for _ in range(SESSIONS)])
             for client in clients[-1]:
@@ -438,7 +467,7 @@ def _run(step: Step, clients: list[Client]) -> tuple[object, list[list[tuple[obj
     return result, events
 
 
-@contextmanager
+@contextlib.contextmanager
 def fresh_servers() -> Iterator[tuple[int, int]]:
     """The ports of an empty embedded server and an empty real one."""
     from zookeeper_server import RealZooKeeper

@@ -21,7 +21,7 @@ class Clock:
         return time.time_ns() // 1_000_000
 
     def wait(self, deadline: float) -> float | None:
-        """How long a loop may sleep that has something to do at `deadline`: seconds, or None for as long as it likes."""
+        """The seconds a loop may sleep that has something to do at `deadline`; None: as long as it likes."""
         return None if deadline == math.inf else max(0.0, deadline - self.monotonic())
 
 

@@ -405,6 +405,8 @@ class Keeper:
 
     def _check_watches(self, peer: Peer, reader: Reader) -> bytes:
         path, tables = reader.string(), self._tables(reader.integer())
+        if path and "/" not in path:  # 3.8 trips over it
+            raise ZooKeeperError(Code.MARSHALLING_ERROR)
         if not any(table.has_any(path) for table in tables):
             raise ZooKeeperError(Code.NO_WATCHER)
         return b""

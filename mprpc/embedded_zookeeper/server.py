@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Connection(Peer):
-    """A peer and its socket. `received` is what came and is not yet taken apart, `unwritten` what the socket refused."""
+    """A peer and its socket: `received` is what came and is not yet taken apart, `unwritten` what did not fit."""
 
     def __init__(self, sock: socket.socket, address: tuple[str, int], deadline: float) -> None:
         super().__init__(address[0].removeprefix("::ffff:"))
@@ -69,7 +69,7 @@ class _Task(Generic[T]):
     def run(self) -> None:
         try:
             self._result = self._function()
-        except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to the thread that waits
+        except Exception as error:  # whatever it is, it belongs to the thread that waits
             self._error = error
 
     def release(self) -> None:
@@ -450,6 +450,10 @@ class EmbeddedZooKeeperServer:
         return True
 
     def _close(self, connection: Connection, reason: str, *, at_fault: bool = False) -> None:
+        # Said first: whoever sees the connection end can rely on the log.
+        session = f"session {connection.session.id:#x}" if connection.session is not None else "no session"
+        level = logging.WARNING if at_fault else logging.DEBUG
+        logger.log(level, "%s (%s) closed: %s", connection.name, session, reason)
         connection.closed = True
         del self._connections[connection]
         self._on_probation.pop(connection, None)
@@ -458,10 +462,6 @@ class EmbeddedZooKeeperServer:
         if connection.interest:
             self._selector.unregister(connection.sock)
         connection.sock.close()
-        session = f"session {connection.session.id:#x}" if connection.session is not None else "no session"
-        logger.log(
-            logging.WARNING if at_fault else logging.DEBUG, "%s (%s) closed: %s", connection.name, session, reason
-        )
         self._keeper.disconnect(connection)
 
 

@@ -50,7 +50,8 @@ class Node:
     """One znode. `cversion` counts creations only, as in the real server, which derives the client's from it."""
 
     __slots__ = (
-        "acl", "aversion", "children", "ctime", "cversion", "czxid", "data", "mtime", "mzxid", "owner", "pzxid", "version",
+        "acl", "aversion", "children", "ctime", "cversion", "czxid",
+        "data", "mtime", "mzxid", "owner", "pzxid", "version",
     )  # fmt: skip
 
     def __init__(self, data: bytes | None, acl: Acl, zxid: int, time_ms: int, owner: int) -> None:

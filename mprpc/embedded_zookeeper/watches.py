@@ -73,7 +73,7 @@ class Watches(Generic[WatcherT]):
         self.children.forget(watcher)
 
     def fire(self, event: Event) -> Iterator[WatcherT]:
-        """Those to be told of the event, each once even where it watched the data and the children of a deleted node."""
+        """Those to be told of the event: once each, even who watched both data and children of a deleted node."""
         if event.type is EventType.CHILDREN_CHANGED:
             yield from self.children.take(event.path)
             return
