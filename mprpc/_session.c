@@ -268,7 +268,7 @@ static int request(struct mprpc_session *s, struct mprpc_event *e, uint64_t now,
     if (s->draining)
         return refuse(s, f, UNAVAILABLE, "the provider is shutting down", out);
     s->last_id = f->call_id;
-    if (!f->payload)
+    if (f->payload_size > s->payload_max)
         return refuse(s, f, RESOURCE_EXHAUSTED, "the request is larger than the provider's max_payload", out);
     if (f->metadata_count > MPRPC_METADATA_MAX)
         return refuse(s, f, INVALID_ARGUMENT, "more than 128 metadata entries", out);
@@ -307,10 +307,11 @@ int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *r, uint
     s->in_flight--;
     if (s->dialect == MPRPC_CLASSIC)
         return r->status == OK ? 0 : MPRPC_NO_CLASSIC;
-    if (r->text_size > MPRPC_ERROR_TEXT_MAX)
+    if (r->text_size > MPRPC_ERROR_TEXT_MAX) {
         r->text_size = MPRPC_ERROR_TEXT_MAX;
-    while (r->text_size && r->text_size == MPRPC_ERROR_TEXT_MAX && (r->text[r->text_size] & 0xc0) == 0x80)
-        r->text_size--; /* never in the middle of a character: a C++ peer refuses a string that is not UTF-8 */
+        while (r->text_size && (r->text[r->text_size] & 0xc0) == 0x80)
+            r->text_size--; /* never in the middle of a character: a C++ peer refuses a string that is not UTF-8 */
+    }
     if (r->details_size > MPRPC_DETAILS_MAX)
         r->details_size = 0; /* half a message is none */
     r->kind = MPRPC_RESPONSE;
@@ -384,11 +385,12 @@ static int response(struct mprpc_session *s, struct mprpc_event *e)
         return 0;
     }
     e->tag = s->tags[f->call_id & (s->ring - 1)];
-    if (f->payload && !f->compression)
+    int over = f->payload_size > s->payload_max;
+    if (!over && !f->compression)
         return 1;
-    f->status = f->payload ? UNIMPLEMENTED : RESOURCE_EXHAUSTED;
-    f->error_text = (const uint8_t *)(f->payload ? packed : large);
-    f->error_text_size = (uint32_t)(f->payload ? sizeof packed : sizeof large) - 1;
+    f->status = over ? RESOURCE_EXHAUSTED : UNIMPLEMENTED;
+    f->error_text = (const uint8_t *)(over ? large : packed);
+    f->error_text_size = (uint32_t)(over ? sizeof large : sizeof packed) - 1;
     f->not_run = 0;
     return 1;
 }
@@ -417,12 +419,12 @@ static int one(struct mprpc_session *s, struct mprpc_event *e, uint64_t now, str
 
     if (!f->call_id && f->kind != MPRPC_REQUEST && f->kind != MPRPC_GOAWAY && f->kind <= MPRPC_KIND_ANSWERED)
         return MPRPC_BAD_CALL_ID;
-    if (!f->payload) {
-        if (f->payload_size > DISCARD_MAX)
-            return MPRPC_BAD_DISCARD;
-        s->skip = f->payload_size;
-    }
-    return s->services ? on_server(s, e, now, out) : on_client(s, e, out);
+    if (!f->payload && f->payload_size > DISCARD_MAX)
+        return MPRPC_BAD_DISCARD;
+    int kept = s->services ? on_server(s, e, now, out) : on_client(s, e, out);
+    if (kept >= 0 && !f->payload)
+        s->skip = f->payload_size; /* not before: a violation must find its frame again when it stands first */
+    return kept;
 }
 
 /* Bytes that belong to no frame: of a refused payload, or behind a classic request. */
@@ -438,6 +440,7 @@ static size_t discard(struct mprpc_session *s, size_t size)
 int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, size_t size, uint64_t now,
                               struct mprpc_event *events, size_t room, size_t *count, struct mprpc_bytes *out)
 {
+    uint32_t payload_max = s->payload_max > MPRPC_PING_MAX ? s->payload_max : MPRPC_PING_MAX; /* PINGs must be seen */
     size_t used = 0;
 
     *count = 0;
@@ -447,7 +450,7 @@ int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, siz
             break;
         struct mprpc_event *e = &events[*count];
         size_t frames;
-        int64_t n = mprpc_split(bytes + used, size - used, s->payload_max, &e->frame, 1, &frames, &s->need);
+        int64_t n = mprpc_split(bytes + used, size - used, payload_max, &e->frame, 1, &frames, &s->need);
         if (n == 0)
             break;
         int kept = n < 0 ? (int)n : one(s, e, now, out);
