@@ -148,7 +148,8 @@ struct connection {
     uint32_t slot, generation;
     int fd;
     uint8_t events;   /* as told to the poller */
-    uint8_t waiting;  /* whole frames are left in `in`: it stands in the loop's queue */
+    uint8_t waiting;  /* whole frames are left in `in`: it stands in the loop's queue, unless it is full */
+    uint8_t parked;   /* waiting and full: out of the queue until its peer has read */
     uint8_t ended;    /* no more requests: what is left is to send `out`, end our side, and wait for the peer's */
     uint8_t shut;     /* our side is ended */
     uint8_t peer_end; /* the peer's side is */
@@ -309,10 +310,14 @@ static uint64_t due(const struct list *t)
 
 /* ---- a connection's end ---- */
 
+static int full(const struct mprpc_loop *l, const struct connection *c)
+{
+    return c->out.size - c->sent > l->limits.output_max && !c->ended;
+}
+
 static void watch(struct mprpc_loop *l, struct connection *c)
 {
-    int full = c->out.size - c->sent > l->limits.output_max && !c->ended;
-    int events = (full || c->peer_end || (c->waiting && !c->ended) ? 0 : IN) | (c->out.size > c->sent ? OUT : 0);
+    int events = (full(l, c) || c->peer_end || c->waiting ? 0 : IN) | (c->out.size > c->sent ? OUT : 0);
 
     if (events != c->events && poller_set(&l->poller, c->fd, key_of(c), events, 0) == 0)
         c->events = (uint8_t)events;
@@ -344,6 +349,7 @@ static void end(struct mprpc_loop *l, struct connection *c)
 {
     if (!c->ended) {
         c->ended = 1;
+        c->waiting = c->parked = 0;
         mprpc_bytes_free(&c->in);
         enlist(c, &l->lingering, l->now);
     }
@@ -408,12 +414,44 @@ static int put(struct mprpc_loop *l, struct connection *c, const void *head, siz
         destroy(l, c, 1);
         return -1;
     }
+    if (full(l, c) && c->list == &l->frames)
+        unlist(c); /* it is we who don't read: its frame can't make progress */
     watch(l, c);
     return 0;
 }
 
+static void enqueue(struct mprpc_loop *l, struct connection *c)
+{
+    if (l->queued == l->queue_room) {
+        size_t room = l->queue_room ? l->queue_room * 2 : 64;
+        uint64_t *queue = realloc(l->queue, room * sizeof *queue);
+        if (!queue) {
+            broken(l, c, MPRPC_NO_MEMORY);
+            return;
+        }
+        l->queue = queue;
+        l->queue_room = room;
+    }
+    l->queue[l->queued++] = key_of(c);
+    c->waiting = 1;
+    watch(l, c);
+}
+
+/* Its peer has read: what came before goes on. */
+static void resume(struct mprpc_loop *l, struct connection *c)
+{
+    if (c->parked) {
+        c->parked = 0;
+        enqueue(l, c);
+    } else if (!c->list && !c->waiting && (c->in.size || c->session.skip)) {
+        c->progress = c->in.size;
+        enlist(c, &l->frames, l->now);
+    }
+}
+
 static void writable(struct mprpc_loop *l, struct connection *c)
 {
+    uint64_t key = key_of(c);
     struct iovec part = {c->out.at + c->sent, c->out.size - c->sent};
     ssize_t n = send_some(c->fd, &part, 1);
 
@@ -430,7 +468,10 @@ static void writable(struct mprpc_loop *l, struct connection *c)
         enlist(c, &l->lingering, l->now);
         end(l, c);
     } else {
-        watch(l, c);
+        if (!full(l, c))
+            resume(l, c);
+        if (connection_at(l, key) == c)
+            watch(l, c);
     }
 }
 
@@ -584,23 +625,6 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
     }
 }
 
-static void enqueue(struct mprpc_loop *l, struct connection *c)
-{
-    if (l->queued == l->queue_room) {
-        size_t room = l->queue_room ? l->queue_room * 2 : 64;
-        uint64_t *queue = realloc(l->queue, room * sizeof *queue);
-        if (!queue) {
-            broken(l, c, MPRPC_NO_MEMORY);
-            return;
-        }
-        l->queue = queue;
-        l->queue_room = room;
-    }
-    l->queue[l->queued++] = key_of(c);
-    c->waiting = 1;
-    watch(l, c);
-}
-
 /* Keeps what the session has not used, and minds whether the frame that begins there makes progress. */
 static void keep(struct mprpc_loop *l, struct connection *c, size_t used, size_t left)
 {
@@ -610,12 +634,16 @@ static void keep(struct mprpc_loop *l, struct connection *c, size_t used, size_t
         unlist(c);
         return;
     }
-    if (used || c->list != &l->frames || c->in.size - c->progress >= PROGRESS_MIN || c->progress > c->in.size) {
+    if (left && left >= c->session.need) { /* the next turn is for it: nothing to wait for */
+        unlist(c);
+        enqueue(l, c);
+    } else if (full(l, c)) {
+        unlist(c);
+    } else if (used || c->list != &l->frames || c->in.size - c->progress >= PROGRESS_MIN ||
+               c->progress > c->in.size) {
         c->progress = c->in.size;
         enlist(c, &l->frames, l->now);
     }
-    if (left && left >= c->session.need)
-        enqueue(l, c);
 }
 
 /* Shows the session bytes[0, size): the arena's, or (own) those of c->in. Requests point into them, so they stay until
@@ -734,6 +762,10 @@ static void queue_on(struct mprpc_loop *l)
             continue;
         if (l->count == MPRPC_BATCH_MAX || l->arena_size > ARENA_FULL) {
             queue[kept++] = queue[i];
+            continue;
+        }
+        if (full(l, c)) { /* a request of some bytes may have an answer of megabytes */
+            c->parked = 1;
             continue;
         }
         c->waiting = 0;
