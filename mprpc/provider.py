@@ -191,8 +191,7 @@ class RpcProvider:
             self._stopped.set()
             if first:
                 self._leave(time.monotonic() + grace)
-        if self._wakeup is not None:
-            self._wake()
+        self._wake()
 
     def _leave(self, deadline: float) -> None:
         if self._publication is not None:
@@ -230,7 +229,8 @@ class RpcProvider:
         before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            waker.recv(1)
+            if not self._stopped.is_set():  # stop() sets it before it looks for what to wake
+                waker.recv(1)
             self.stop()
         finally:
             for number, handler in handlers.items():
@@ -245,10 +245,11 @@ class RpcProvider:
             self._hurry(0)
 
     def _wake(self) -> None:
+        wakeup = self._wakeup  # run() may take it away meanwhile
         try:
-            if self._wakeup is not None:
-                self._wakeup.send(b"\0")
-        except (BlockingIOError, OSError):
+            if wakeup is not None:
+                wakeup.send(b"\0")
+        except OSError:
             _log.debug("run() is awake already")
 
     def __enter__(self) -> RpcProvider:
@@ -355,6 +356,7 @@ class _Loop:
         """A function that serves one request of that method: the reply's bytes, None if it is answered otherwise."""
         parse, handler, kind = entry.request_class.FromString, entry.handler, entry.response_class
         new, ok = self._controller, Status.OK
+        at_once = min(_AT_ONCE, self._max_payload + 1)
 
         def serve(arguments: bytes, i: int) -> bytes | None:
             controller = self.running = new()
@@ -363,7 +365,7 @@ class _Loop:
                 response = handler(parse(arguments), controller)
                 if type(response) is kind and controller._status is ok:
                     reply = response.SerializeToString()
-                    if len(reply) < _AT_ONCE:
+                    if len(reply) < at_once:
                         return reply
                     self._reply_at_once(i, reply)
                 else:
