@@ -22,9 +22,9 @@ assert api_implementation.Type() == "upb", "figures and limits here are those of
 def _children() -> dict[int, bytes]:
     """Command lines of this process's children, zombies included."""
     found = {}
-    for task in Path("/proc/self/task").glob("*/children"):
-        for pid in task.read_text().split():
-            with contextlib.suppress(OSError):
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # the thread, or the child, has ended meanwhile
+            for pid in (task / "children").read_text().split():
                 found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes()
     return {pid: line for pid, line in found.items() if SHARED not in line}
 

@@ -134,6 +134,15 @@ def connect(address: str, **options: int) -> Peer:
     return Peer(made)
 
 
+def is_refused(address: str) -> bool:
+    """Whether a new connection is reset; that may happen before connect() has returned."""
+    try:
+        with connect(address) as peer:
+            return peer.was_reset()
+    except ConnectionResetError:
+        return True
+
+
 class FakeProvider:
     """Listens, and runs `script(peer)` on a thread for each connection in turn; a script's exception fails the test.
 
