@@ -4,25 +4,22 @@
  * are taken and given back within one C call, under one mutex, which is never held across a system call that waits.
  * An idle connection is minded by the keeper, one thread for the process, so that PING is answered and GOAWAY seen. */
 #define _GNU_SOURCE
-#include "_channel.h"
-
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #endif
+
+#include "_link.h"
 
 enum {
     CHUNK = 65536, /* what one receive has room for at least */
@@ -31,35 +28,6 @@ enum {
 };
 static const uint64_t MS = 1000000;
 static const uint64_t IDLE = 1000000;    /* ns after which the peer may have gone: look before writing */
-static const uint64_t QUIET = 100000000; /* ns after which the keeper minds a connection, not the next caller */
-enum { KEEPER_MS = 200 };                /* how often the keeper looks for connections that have become quiet */
-
-struct mprpc_link {
-    pthread_mutex_t mutex; /* of all but `in`, which is the reader's */
-    struct mprpc_session session;
-    struct mprpc_bytes in, out;
-    size_t sent; /* bytes at the start of out */
-    struct mprpc_call *first, *last;
-    uint64_t used;    /* when a call last ended */
-    uint64_t patience; /* ns, as set for the socket's receiving */
-    int64_t dead;     /* why, 0: alive */
-    int fd;
-    uint8_t reading, writing; /* somebody waits for input; somebody minds that out gets written */
-    struct mprpc_link *before, *after; /* of the keeper's list, under its mutex, as is: */
-    size_t polled;                     /* its place among what the keeper polls, 0 for none */
-    pid_t pid;                         /* the process that made it */
-#ifndef __linux__
-    pthread_cond_t changed;
-#endif
-};
-
-static uint64_t clock_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
-}
 
 /* ---- sleeping: a futex, because a signal ends its wait, which a condition variable's it does not ---- */
 
@@ -114,7 +82,7 @@ static void enlist(struct mprpc_link *k, struct mprpc_call *c)
     k->last = c;
 }
 
-static void unlist(struct mprpc_link *k, struct mprpc_call *c)
+void mprpc_link_drop(struct mprpc_link *k, struct mprpc_call *c)
 {
     *(c->before ? &c->before->after : &k->first) = c->after;
     *(c->after ? &c->after->before : &k->last) = c->before;
@@ -122,18 +90,26 @@ static void unlist(struct mprpc_link *k, struct mprpc_call *c)
     c->pending = 0;
 }
 
-static void complete(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome)
+void mprpc_link_end(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome)
 {
-    unlist(k, c);
+    mprpc_link_drop(k, c);
     c->outcome = outcome;
-    wake(k, c);
+    if (c->mail)
+        mprpc_mail(k, c, outcome, NULL);
+    else
+        wake(k, c);
 }
 
-/* Nobody reads (or writes) though somebody waits: the first who can, does. */
-static void promote(struct mprpc_link *k)
+/* Nobody reads though somebody waits: the mailbox's thread does, or the first caller who can. */
+void mprpc_link_promote(struct mprpc_link *k)
 {
-    if (k->reading)
+    if (k->reading || k->dead)
         return;
+    if (k->mails) {
+        k->reading = k->boxed = 1;
+        mprpc_mailbox_call(k->box);
+        return;
+    }
     for (struct mprpc_call *c = k->first; c; c = c->after)
         if (!c->away) {
             wake(k, c);
@@ -141,7 +117,7 @@ static void promote(struct mprpc_link *k)
         }
 }
 
-static void die(struct mprpc_link *k, int64_t reason)
+void mprpc_link_die(struct mprpc_link *k, int64_t reason)
 {
     if (!k->dead)
         k->dead = reason;
@@ -149,20 +125,20 @@ static void die(struct mprpc_link *k, int64_t reason)
     while (k->first) {
         k->first->reason = k->dead;
         mprpc_session_forget(&k->session, k->first->id);
-        complete(k, k->first, MPRPC_CALL_BROKEN);
+        mprpc_link_end(k, k->first, MPRPC_CALL_BROKEN);
     }
 }
 
 /* ---- output ---- */
 
-static void flush(struct mprpc_link *k)
+void mprpc_link_flush(struct mprpc_link *k)
 {
     while (k->out.size > k->sent) {
         ssize_t n = send(k->fd, k->out.at + k->sent, k->out.size - k->sent, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
-            die(k, errno);
+            mprpc_link_die(k, errno);
         if (n < 0)
             return;
         k->sent += (size_t)n;
@@ -172,34 +148,31 @@ static void flush(struct mprpc_link *k)
 }
 
 /* Writes a frame, or what of it the socket takes; the rest is left to whoever is on the connection. */
-static int put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head, size_t head_size,
-               const uint8_t *payload, size_t size)
+static void put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head, size_t head_size,
+                const uint8_t *payload, size_t size, int hold)
 {
     struct iovec parts[2] = {{(void *)(uintptr_t)head, head_size}, {(void *)(uintptr_t)payload, size}};
     struct msghdr m = {.msg_iov = parts, .msg_iovlen = 2};
     ssize_t n = 0;
 
-    if (k->out.size == 0) {
+    c->sent = 1;
+    if (k->out.size == 0 && !hold) {
         do
             n = size ? sendmsg(k->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL)
                      : send(k->fd, head, head_size, MSG_DONTWAIT | MSG_NOSIGNAL);
         while (n < 0 && errno == EINTR);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
-            die(k, errno);
-            return -1;
+            mprpc_link_die(k, errno);
+            return;
         }
         n = n < 0 ? 0 : n;
     }
-    c->sent = 1;
     if ((size_t)n == head_size + size)
-        return 0;
+        return;
     size_t of_head = (size_t)n < head_size ? (size_t)n : head_size, of_payload = (size_t)n - of_head;
     if (mprpc_bytes_add(&k->out, head + of_head, head_size - of_head) ||
-        mprpc_bytes_add(&k->out, payload + of_payload, size - of_payload)) {
-        die(k, ENOMEM);
-        return -1;
-    }
-    return 0;
+        mprpc_bytes_add(&k->out, payload + of_payload, size - of_payload))
+        mprpc_link_die(k, ENOMEM);
 }
 
 /* ---- input ---- */
@@ -220,6 +193,11 @@ static void deliver(struct mprpc_link *k, const struct mprpc_event *e, int steal
     const struct mprpc_frame *f = &e->frame;
     int64_t outcome = f->status == 0 ? (int64_t)f->payload_size : MPRPC_CALL_FAILED;
 
+    if (c->mail) {
+        mprpc_link_drop(k, c);
+        mprpc_mail(k, c, outcome, f);
+        return;
+    }
     c->status = f->status;
     c->not_run = f->not_run;
     if (outcome == MPRPC_CALL_FAILED) {
@@ -242,7 +220,7 @@ static void deliver(struct mprpc_link *k, const struct mprpc_event *e, int steal
         c->reason = ENOMEM;
         outcome = MPRPC_CALL_BROKEN;
     }
-    complete(k, c, outcome);
+    mprpc_link_end(k, c, outcome);
 }
 
 /* GOAWAY: what is above the highest accepted never ran. */
@@ -254,7 +232,7 @@ static void gone(struct mprpc_link *k)
             mprpc_session_forget(&k->session, c->id);
             c->sent = 0;
             c->reason = MPRPC_LINK_GOAWAY;
-            complete(k, c, MPRPC_CALL_BROKEN);
+            mprpc_link_end(k, c, MPRPC_CALL_BROKEN);
         }
     }
 }
@@ -269,7 +247,7 @@ static void process(struct mprpc_link *k)
     do {
         used = mprpc_session_receive(&k->session, k->in.at + at, k->in.size - at, 0, events, EVENTS, &count, &k->out);
         if (used < 0) {
-            die(k, used);
+            mprpc_link_die(k, used);
             break;
         }
         at += (size_t)used;
@@ -284,7 +262,7 @@ static void process(struct mprpc_link *k)
         k->in.size -= at;
         memmove(k->in.at, k->in.at + at, k->in.size);
     }
-    flush(k);
+    mprpc_link_flush(k);
 }
 
 static int reserve(struct mprpc_link *k)
@@ -302,17 +280,17 @@ static void received(struct mprpc_link *k, ssize_t n, int why)
         k->in.size += (size_t)n;
         process(k);
     } else if (n == 0) {
-        die(k, MPRPC_LINK_END);
+        mprpc_link_die(k, MPRPC_LINK_END);
     } else if (why != EAGAIN && why != EWOULDBLOCK && why != EINTR) {
-        die(k, why);
+        mprpc_link_die(k, why);
     }
 }
 
 /* One look at the socket that does not wait; nobody else reads. */
-static void look(struct mprpc_link *k)
+void mprpc_link_look(struct mprpc_link *k)
 {
     if (reserve(k)) {
-        die(k, ENOMEM);
+        mprpc_link_die(k, ENOMEM);
         return;
     }
     ssize_t n = recv(k->fd, k->in.at + k->in.size, k->in.room - k->in.size, MSG_DONTWAIT);
@@ -341,7 +319,7 @@ static int read_once(struct mprpc_link *k, uint64_t left)
     ssize_t n = -1;
 
     if (reserve(k)) {
-        die(k, ENOMEM);
+        mprpc_link_die(k, ENOMEM);
         return 0;
     }
     k->reading = 1;
@@ -365,7 +343,7 @@ static int read_once(struct mprpc_link *k, uint64_t left)
     k->reading = 0;
     if (write) {
         k->writing = 0;
-        flush(k);
+        mprpc_link_flush(k);
     }
     received(k, n, why);
     return n < 0 && why == EINTR;
@@ -381,7 +359,7 @@ static int write_once(struct mprpc_link *k, uint64_t left)
     int rc = poll(&p, 1, poll_ms(left)), why = errno;
     pthread_mutex_lock(&k->mutex);
     k->writing = 0;
-    flush(k);
+    mprpc_link_flush(k);
     return rc < 0 && why == EINTR;
 }
 
@@ -394,10 +372,10 @@ static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
 
     c->away = 0;
     while (c->pending && !interrupted) {
-        uint64_t now = clock_ns();
+        uint64_t now = mprpc_clock();
         if (now >= c->deadline) {
             mprpc_session_forget(&k->session, c->id);
-            unlist(k, c);
+            mprpc_link_drop(k, c);
             c->outcome = MPRPC_CALL_TIMEOUT;
         } else if (!k->reading) {
             interrupted = read_once(k, c->deadline - now);
@@ -410,37 +388,31 @@ static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
     c->away = c->pending;
     int64_t outcome = c->pending ? MPRPC_CALL_INTERRUPTED : c->outcome;
     if (k->first)
-        promote(k);
+        mprpc_link_promote(k);
     else
-        k->used = clock_ns();
+        k->used = mprpc_clock();
     pthread_mutex_unlock(&k->mutex);
     return outcome;
 }
 
-static int64_t refused(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome, int64_t reason)
-{
-    c->reason = reason;
-    pthread_mutex_unlock(&k->mutex);
-    return outcome;
-}
-
-int64_t mprpc_link_call(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *names, size_t names_size,
-                        const uint8_t *payload, size_t size, uint64_t timeout)
+int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *names, size_t names_size,
+                        const uint8_t *payload, size_t size, uint64_t timeout, int hold)
 {
     uint8_t head[MPRPC_CALL_ROOM + MPRPC_NAMES_MAX + COPIED];
-    uint64_t now = clock_ns(), ms = (timeout + MS - 1) / MS;
+    uint64_t now = mprpc_clock(), ms = (timeout + MS - 1) / MS;
 
     c->deadline = now + timeout;
     c->sent = c->not_run = 0;
-    pthread_mutex_lock(&k->mutex);
-    if (!k->dead && !k->first && !k->reading && now - k->used > IDLE)
-        look(k);
-    if (k->dead || k->session.gone)
-        return refused(k, c, MPRPC_CALL_BROKEN, k->dead ? k->dead : MPRPC_LINK_GOAWAY);
+    if (!k->dead && !k->first && (!k->reading || k->owned) && now - k->used > IDLE)
+        mprpc_link_look(k);
+    c->reason = k->dead ? k->dead : k->session.gone ? MPRPC_LINK_GOAWAY : 0;
+    if (c->reason)
+        return MPRPC_CALL_BROKEN;
     c->id = mprpc_session_call(&k->session, (uint64_t)(uintptr_t)c);
     if (!c->id)
-        return refused(k, c, MPRPC_CALL_FULL, 0);
+        return MPRPC_CALL_FULL;
     enlist(k, c);
+    k->mails += c->mail;
     size_t n = mprpc_put_call(head, names, (uint32_t)names_size, (uint32_t)size, c->id,
                               ms > UINT32_MAX ? UINT32_MAX : ms ? (uint32_t)ms : 1);
     if (size && size <= COPIED) {
@@ -448,8 +420,22 @@ int64_t mprpc_link_call(struct mprpc_link *k, struct mprpc_call *c, const uint8_
         n += size;
         size = 0;
     }
-    put(k, c, head, n, payload, size);
-    return await(k, c);
+    int64_t id = (int64_t)c->id;
+    if (c->mail && c->deadline < k->expiry)
+        k->expiry = c->deadline;
+    put(k, c, head, n, payload, size, hold);
+    return id;
+}
+
+int64_t mprpc_link_call(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *names, size_t names_size,
+                        const uint8_t *payload, size_t size, uint64_t timeout)
+{
+    pthread_mutex_lock(&k->mutex);
+    int64_t id = mprpc_link_send(k, c, names, names_size, payload, size, timeout, 0);
+    if (id > 0)
+        return await(k, c);
+    pthread_mutex_unlock(&k->mutex);
+    return id;
 }
 
 int64_t mprpc_link_wait(struct mprpc_link *k, struct mprpc_call *c)
@@ -463,9 +449,9 @@ void mprpc_link_forget(struct mprpc_link *k, struct mprpc_call *c)
     pthread_mutex_lock(&k->mutex);
     if (c->pending) {
         mprpc_session_forget(&k->session, c->id);
-        unlist(k, c);
+        mprpc_link_drop(k, c);
     }
-    promote(k);
+    mprpc_link_promote(k);
     pthread_mutex_unlock(&k->mutex);
 }
 
@@ -475,159 +461,6 @@ void mprpc_call_clear(struct mprpc_call *c)
     free(c->words);
     c->block = c->large = c->words = NULL;
     c->text_size = c->details_size = 0;
-}
-
-/* ---- the keeper ---- */
-
-static struct {
-    pthread_mutex_t mutex; /* taken before a link's, never after */
-    struct mprpc_link *first;
-    int wake[2];
-    int running;
-} keeper = {.mutex = PTHREAD_MUTEX_INITIALIZER, .wake = {-1, -1}};
-
-static int quiet(const struct mprpc_link *k)
-{
-    return !k->dead && !k->first && !k->reading;
-}
-
-/* What to poll: the quiet ones. *busy: some may become so. */
-static size_t gather(struct pollfd **fds, size_t *room, int *busy)
-{
-    uint64_t now = clock_ns();
-    size_t n = 1;
-
-    *busy = 0;
-    for (struct mprpc_link *k = keeper.first; k; k = k->after) {
-        k->polled = 0;
-        pthread_mutex_lock(&k->mutex);
-        int take = quiet(k) && now - k->used > QUIET, dead = k->dead != 0;
-        pthread_mutex_unlock(&k->mutex);
-        if (take && n == *room) {
-            struct pollfd *more = realloc(*fds, *room * 2 * sizeof **fds);
-            take = more != NULL;
-            *fds = more ? more : *fds;
-            *room *= more ? 2 : 1;
-        }
-        if (take) {
-            (*fds)[k->polled = n++] = (struct pollfd){k->fd, POLLIN, 0};
-        } else {
-            *busy |= !dead;
-        }
-    }
-    return n;
-}
-
-static void mind(struct mprpc_link *k)
-{
-    pthread_mutex_lock(&k->mutex);
-    if (quiet(k))
-        look(k);
-    if (quiet(k) && k->session.gone)
-        die(k, MPRPC_LINK_GOAWAY); /* nothing is in flight: the provider waits for our end */
-    pthread_mutex_unlock(&k->mutex);
-}
-
-static void *keep(void *unused)
-{
-    size_t room = 64;
-    struct pollfd *fds = malloc(room * sizeof *fds);
-    int busy;
-    char drop[64];
-
-    pthread_mutex_lock(&keeper.mutex);
-    while (fds && keeper.first) {
-        fds[0] = (struct pollfd){keeper.wake[0], POLLIN, 0};
-        size_t n = gather(&fds, &room, &busy);
-        pthread_mutex_unlock(&keeper.mutex);
-        poll(fds, (nfds_t)n, busy ? KEEPER_MS : -1);
-        pthread_mutex_lock(&keeper.mutex);
-        while (fds[0].revents && read(keeper.wake[0], drop, sizeof drop) == sizeof drop)
-            continue;
-        for (struct mprpc_link *k = keeper.first; k; k = k->after)
-            if (k->polled && fds[k->polled].revents)
-                mind(k);
-    }
-    keeper.running = 0;
-    pthread_mutex_unlock(&keeper.mutex);
-    free(fds);
-    return unused;
-}
-
-static void keeper_wake(void)
-{
-    ssize_t n = write(keeper.wake[1], "", 1);
-    (void)n;
-}
-
-/* With its mutex held. Without a keeper the connections work as well; only idle ones notice less. */
-static void keeper_start(void)
-{
-    sigset_t all, before;
-    pthread_attr_t attributes;
-    pthread_t thread;
-
-    if (keeper.wake[0] < 0 && pipe(keeper.wake) < 0)
-        return;
-    for (int end = 0; end < 2; end++) {
-        fcntl(keeper.wake[end], F_SETFD, FD_CLOEXEC);
-        fcntl(keeper.wake[end], F_SETFL, O_NONBLOCK);
-    }
-    sigfillset(&all);
-    pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's threads */
-    keeper.running = pthread_create(&thread, &attributes, keep, NULL) == 0;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-}
-
-/* In a forked child: no keeper, nothing to mind, whatever the parent's was about. */
-static void forked(void)
-{
-    pthread_mutex_init(&keeper.mutex, NULL);
-    for (int i = 0; i < 2; i++) {
-        if (keeper.wake[i] >= 0)
-            close(keeper.wake[i]);
-        keeper.wake[i] = -1;
-    }
-    keeper.first = NULL;
-    keeper.running = 0;
-}
-
-static void mind_forks(void)
-{
-    pthread_atfork(NULL, NULL, forked);
-}
-
-static void keeper_add(struct mprpc_link *k)
-{
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-    pthread_once(&once, mind_forks);
-    pthread_mutex_lock(&keeper.mutex);
-    k->after = keeper.first;
-    if (k->after)
-        k->after->before = k;
-    keeper.first = k;
-    if (!keeper.running)
-        keeper_start();
-    else
-        keeper_wake();
-    pthread_mutex_unlock(&keeper.mutex);
-}
-
-static void keeper_remove(struct mprpc_link *k)
-{
-    if (k->pid != getpid())
-        return;
-    pthread_mutex_lock(&keeper.mutex);
-    *(k->before ? &k->before->after : &keeper.first) = k->after;
-    if (k->after)
-        k->after->before = k->before;
-    if (!keeper.first)
-        keeper_wake(); /* with nothing to mind, the thread ends */
-    pthread_mutex_unlock(&keeper.mutex);
 }
 
 /* ---- a connection ---- */
@@ -644,16 +477,17 @@ struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max)
 #endif
     mprpc_session_init(&k->session, NULL, payload_max, 0);
     k->fd = fd;
-    k->used = clock_ns();
+    k->used = mprpc_clock();
+    k->expiry = UINT64_MAX;
     k->pid = getpid();
-    keeper_add(k);
+    mprpc_keeper_add(k);
     return k;
 }
 
 void mprpc_link_close(struct mprpc_link *k)
 {
     pthread_mutex_lock(&k->mutex);
-    die(k, MPRPC_LINK_CLOSED);
+    mprpc_link_die(k, MPRPC_LINK_CLOSED);
     pthread_mutex_unlock(&k->mutex);
 }
 
@@ -661,7 +495,7 @@ int64_t mprpc_link_check(struct mprpc_link *k)
 {
     pthread_mutex_lock(&k->mutex);
     if (!k->dead && !k->reading)
-        look(k);
+        mprpc_link_look(k);
     int64_t reason = k->dead ? k->dead : k->session.gone ? MPRPC_LINK_GOAWAY : 0;
     pthread_mutex_unlock(&k->mutex);
     return reason;
@@ -669,7 +503,8 @@ int64_t mprpc_link_check(struct mprpc_link *k)
 
 void mprpc_link_free(struct mprpc_link *k)
 {
-    keeper_remove(k);
+    mprpc_mailbox_detach(k);
+    mprpc_keeper_remove(k);
     close(k->fd);
     mprpc_session_free(&k->session);
     mprpc_bytes_free(&k->in);

@@ -18,10 +18,11 @@ enum mprpc_outcome {
 };
 enum { MPRPC_LINK_END = -60, MPRPC_LINK_CLOSED = -61, MPRPC_LINK_GOAWAY = -62 }; /* reasons of this side */
 
-/* One call: its caller's, who may use it again once it has ended. Zeroed at first. */
+/* One call: its caller's, who may use it again once it has ended. Zeroed at first, but for small. */
 struct mprpc_call {
-    uint64_t id, deadline;
+    uint64_t id, deadline, token;
     struct mprpc_call *before, *after; /* in flight on the same connection, in order */
+    uint8_t *small;                    /* the caller's room of MPRPC_CALL_SMALL bytes for the response */
     uint8_t *large;                    /* a bigger response's bytes, from mprpc_call_take */
     uint8_t *block;                    /* what holds them */
     uint8_t *words;                    /* text, then details */
@@ -30,7 +31,7 @@ struct mprpc_call {
     int32_t status;
     _Atomic uint32_t signal; /* counts what should wake its thread */
     uint8_t not_run, sent, pending, away, asleep;
-    uint8_t small[MPRPC_CALL_SMALL];
+    uint8_t mail; /* nobody waits: _mailbox.c */
 };
 
 struct mprpc_link;

@@ -6,8 +6,8 @@ the documentation. `...` leaves out what Python does not touch.
 
 from cffi import FFI
 
-HEADERS = ("_codec.h", "_session.h", "_loop.h", "_channel.h")
-SOURCES = ("_codec.c", "_session.c", "_loop.c", "_channel.c")
+HEADERS = ("_codec.h", "_session.h", "_loop.h", "_channel.h", "_mailbox.h")
+SOURCES = ("_codec.c", "_session.c", "_loop.c", "_channel.c", "_mailbox.c", "_keeper.c")
 
 DECLARATIONS = """
 enum { MPRPC_HEADER_MAX = 65535, MPRPC_METADATA_MAX = 128, ... };
@@ -113,12 +113,11 @@ void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics
 #define MPRPC_LINK_CLOSED ...
 #define MPRPC_LINK_GOAWAY ...
 struct mprpc_call {
-    uint8_t *large, *words;
+    uint8_t *small, *large, *words;
     int64_t reason;
     uint32_t text_size, details_size;
     int32_t status;
     uint8_t not_run, sent;
-    uint8_t small[...];
     ...;
 };
 struct mprpc_link;
@@ -131,6 +130,28 @@ int64_t mprpc_link_wait(struct mprpc_link *link, struct mprpc_call *call);
 void mprpc_link_forget(struct mprpc_link *link, struct mprpc_call *call);
 void mprpc_call_clear(struct mprpc_call *call);
 int64_t mprpc_link_check(struct mprpc_link *link);
+
+struct mprpc_mail {
+    uint64_t token;
+    int64_t outcome, reason;
+    uint64_t offset;
+    uint32_t text_size, details_size;
+    int32_t status;
+    uint8_t not_run, sent;
+    ...;
+};
+struct mprpc_mailbox;
+struct mprpc_mailbox *mprpc_mailbox_new(void);
+void mprpc_mailbox_free(struct mprpc_mailbox *box);
+void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int owned);
+int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t *names, size_t names_size,
+                          const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason);
+int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
+int mprpc_link_turn(struct mprpc_link *link, uint64_t *expiry);
+int mprpc_link_descriptor(const struct mprpc_link *link);
+int mprpc_mailbox_wait(struct mprpc_mailbox *box, uint64_t timeout);
+void mprpc_mailbox_wake(struct mprpc_mailbox *box);
+size_t mprpc_mailbox_take(struct mprpc_mailbox *box, struct mprpc_mail **mail, uint8_t **bytes, size_t *size);
 """
 
 ffibuilder = FFI()
@@ -140,6 +161,7 @@ ffibuilder.set_source(
     "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"mprpc/{source}" for source in SOURCES],
     include_dirs=["mprpc"],
+    depends=[f"mprpc/{header}" for header in (*HEADERS, "_link.h")],
     extra_compile_args=["-O2", "-pthread"],
     extra_link_args=["-pthread"],
 )

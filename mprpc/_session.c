@@ -365,6 +365,11 @@ uint64_t mprpc_session_call(struct mprpc_session *s, uint64_t tag)
     return s->last_id;
 }
 
+uint64_t mprpc_session_tag(const struct mprpc_session *s, uint64_t id)
+{
+    return s->ring && id && s->ids[id & (s->ring - 1)] == id ? s->tags[id & (s->ring - 1)] : 0;
+}
+
 int mprpc_session_forget(struct mprpc_session *s, uint64_t id)
 {
     if (!s->ring || !id || s->ids[id & (s->ring - 1)] != id)

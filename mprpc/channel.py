@@ -63,7 +63,9 @@ _slots: list[tuple[Any, Any]] = []
 
 def _new_slot() -> tuple[Any, Any]:
     call = ffi.gc(ffi.new("struct mprpc_call *"), lib.mprpc_call_clear)
-    return call, ffi.buffer(call.small)
+    room = ffi.buffer(ffi.new("uint8_t[]", _SMALL), _SMALL)
+    call.small = ffi.from_buffer(room)
+    return call, room
 
 
 class MprpcChannel:

@@ -1,0 +1,164 @@
+/* The keeper: one thread for the process reads the connections that nobody calls through, so that PING is answered and
+ * GOAWAY and the end are seen. It takes the reading only by trying, and lives as long as there are connections. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "_link.h"
+
+static const uint64_t QUIET = 100000000; /* ns after which the keeper minds a connection, not the next caller */
+enum { KEEPER_MS = 200 };                /* how often the keeper looks for connections that have become quiet */
+
+static struct {
+    pthread_mutex_t mutex; /* taken before a link's, never after */
+    struct mprpc_link *first;
+    int wake[2];
+    int running;
+} keeper = {.mutex = PTHREAD_MUTEX_INITIALIZER, .wake = {-1, -1}};
+
+static int quiet(const struct mprpc_link *k)
+{
+    return !k->dead && !k->first && !k->reading;
+}
+
+/* What to poll: the quiet ones. *busy: some may become so. */
+static size_t gather(struct pollfd **fds, size_t *room, int *busy)
+{
+    uint64_t now = mprpc_clock();
+    size_t n = 1;
+
+    *busy = 0;
+    for (struct mprpc_link *k = keeper.first; k; k = k->kept.after) {
+        k->kept.polled = 0;
+        pthread_mutex_lock(&k->mutex);
+        int take = quiet(k) && now - k->used > QUIET, dead = k->dead != 0;
+        pthread_mutex_unlock(&k->mutex);
+        if (take && n == *room) {
+            struct pollfd *more = realloc(*fds, *room * 2 * sizeof **fds);
+            take = more != NULL;
+            *fds = more ? more : *fds;
+            *room *= more ? 2 : 1;
+        }
+        if (take) {
+            (*fds)[k->kept.polled = n++] = (struct pollfd){k->fd, POLLIN, 0};
+        } else {
+            *busy |= !dead;
+        }
+    }
+    return n;
+}
+
+static void mind(struct mprpc_link *k)
+{
+    pthread_mutex_lock(&k->mutex);
+    if (quiet(k))
+        mprpc_link_look(k);
+    if (quiet(k) && k->session.gone)
+        mprpc_link_die(k, MPRPC_LINK_GOAWAY); /* nothing is in flight: the provider waits for our end */
+    pthread_mutex_unlock(&k->mutex);
+}
+
+static void *keep(void *unused)
+{
+    size_t room = 64;
+    struct pollfd *fds = malloc(room * sizeof *fds);
+    int busy;
+    char drop[64];
+
+    pthread_mutex_lock(&keeper.mutex);
+    while (fds && keeper.first) {
+        fds[0] = (struct pollfd){keeper.wake[0], POLLIN, 0};
+        size_t n = gather(&fds, &room, &busy);
+        pthread_mutex_unlock(&keeper.mutex);
+        poll(fds, (nfds_t)n, busy ? KEEPER_MS : -1);
+        pthread_mutex_lock(&keeper.mutex);
+        while (fds[0].revents && read(keeper.wake[0], drop, sizeof drop) == sizeof drop)
+            continue;
+        for (struct mprpc_link *k = keeper.first; k; k = k->kept.after)
+            if (k->kept.polled && fds[k->kept.polled].revents)
+                mind(k);
+    }
+    keeper.running = 0;
+    pthread_mutex_unlock(&keeper.mutex);
+    free(fds);
+    return unused;
+}
+
+static void keeper_wake(void)
+{
+    ssize_t n = write(keeper.wake[1], "", 1);
+    (void)n;
+}
+
+/* With its mutex held. Without a keeper the connections work as well; only idle ones notice less. */
+static void keeper_start(void)
+{
+    sigset_t all, before;
+    pthread_attr_t attributes;
+    pthread_t thread;
+
+    if (keeper.wake[0] < 0 && pipe(keeper.wake) < 0)
+        return;
+    for (int end = 0; end < 2; end++) {
+        fcntl(keeper.wake[end], F_SETFD, FD_CLOEXEC);
+        fcntl(keeper.wake[end], F_SETFL, O_NONBLOCK);
+    }
+    sigfillset(&all);
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's threads */
+    keeper.running = pthread_create(&thread, &attributes, keep, NULL) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+}
+
+/* In a forked child: no keeper, nothing to mind, whatever the parent's was about. */
+static void forked(void)
+{
+    pthread_mutex_init(&keeper.mutex, NULL);
+    for (int i = 0; i < 2; i++) {
+        if (keeper.wake[i] >= 0)
+            close(keeper.wake[i]);
+        keeper.wake[i] = -1;
+    }
+    keeper.first = NULL;
+    keeper.running = 0;
+}
+
+static void mind_forks(void)
+{
+    pthread_atfork(NULL, NULL, forked);
+}
+
+void mprpc_keeper_add(struct mprpc_link *k)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    pthread_once(&once, mind_forks);
+    pthread_mutex_lock(&keeper.mutex);
+    k->kept.after = keeper.first;
+    if (k->kept.after)
+        k->kept.after->kept.before = k;
+    keeper.first = k;
+    if (!keeper.running)
+        keeper_start();
+    else
+        keeper_wake();
+    pthread_mutex_unlock(&keeper.mutex);
+}
+
+void mprpc_keeper_remove(struct mprpc_link *k)
+{
+    if (k->pid != getpid())
+        return;
+    pthread_mutex_lock(&keeper.mutex);
+    *(k->kept.before ? &k->kept.before->kept.after : &keeper.first) = k->kept.after;
+    if (k->kept.after)
+        k->kept.after->kept.before = k->kept.before;
+    if (!keeper.first)
+        keeper_wake(); /* with nothing to mind, the thread ends */
+    pthread_mutex_unlock(&keeper.mutex);
+}

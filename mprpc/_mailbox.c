@@ -1,0 +1,331 @@
+/* Strategy: a submitted call is a small block of C memory that dies into a mail; the bytes of all mails lie in one
+ * buffer, so that Python takes a whole turn's responses in one copy. While such calls are in flight the mailbox's thread
+ * has the reading of their connections, and callers that wait are woken by it. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "_link.h"
+
+static const uint64_t NEVER = UINT64_MAX;
+
+struct batch {
+    struct mprpc_bytes mail, bytes;
+};
+
+struct mprpc_mailbox {
+    pthread_mutex_t links_mutex; /* taken before a link's mutex */
+    struct mprpc_link *first;
+    pthread_mutex_t mutex; /* taken after a link's mutex; of what follows */
+    struct batch filling;
+    int called; /* its thread will look again */
+    /* end */
+    struct batch taken; /* of the thread that takes */
+    int wake[2];
+};
+
+/* ---- mail ---- */
+
+void mprpc_mailbox_call(struct mprpc_mailbox *box)
+{
+    pthread_mutex_lock(&box->mutex);
+    int called = box->called;
+    box->called = 1;
+    pthread_mutex_unlock(&box->mutex);
+    if (!called) {
+        ssize_t n = write(box->wake[1], "", 1);
+        (void)n;
+    }
+}
+
+void mprpc_mailbox_wake(struct mprpc_mailbox *box)
+{
+    mprpc_mailbox_call(box);
+}
+
+void mprpc_mail(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome, const struct mprpc_frame *f)
+{
+    struct mprpc_mailbox *box = k->box;
+    struct mprpc_mail mail = {.token = c->token, .outcome = outcome, .reason = c->reason, .sent = c->sent};
+
+    pthread_mutex_lock(&box->mutex);
+    struct mprpc_bytes *bytes = &box->filling.bytes;
+    size_t room = f ? (size_t)f->payload_size + f->error_text_size + f->error_details_size : 0;
+    mail.offset = bytes->size;
+    if (mprpc_bytes_reserve(bytes, room + 1)) {
+        mail.outcome = MPRPC_CALL_FULL;
+    } else if (f && outcome >= 0) {
+        mprpc_bytes_add(bytes, f->payload, f->payload_size);
+    } else if (f) {
+        mail.status = f->status;
+        mail.not_run = f->not_run;
+        mail.text_size = f->error_text_size;
+        mail.details_size = f->error_details_size;
+        mprpc_bytes_add(bytes, f->error_text, f->error_text_size);
+        mprpc_bytes_add(bytes, f->error_details, f->error_details_size);
+    }
+    mprpc_bytes_add(&box->filling.mail, &mail, sizeof mail); /* room was reserved when the call was submitted */
+    pthread_mutex_unlock(&box->mutex);
+    k->mails--;
+    free(c);
+    if (!k->owned)
+        mprpc_mailbox_call(box);
+}
+
+size_t mprpc_mailbox_take(struct mprpc_mailbox *box, struct mprpc_mail **mail, uint8_t **bytes, size_t *size)
+{
+    struct batch last = box->taken;
+
+    last.mail.size = last.bytes.size = 0;
+    if (last.bytes.room > 1 << 20)
+        mprpc_bytes_free(&last.bytes); /* it was large once */
+    pthread_mutex_lock(&box->mutex);
+    box->taken = box->filling;
+    box->filling = last;
+    pthread_mutex_unlock(&box->mutex);
+    *mail = (struct mprpc_mail *)(void *)box->taken.mail.at;
+    *bytes = box->taken.bytes.at;
+    *size = box->taken.bytes.size;
+    return box->taken.mail.size / sizeof **mail;
+}
+
+/* ---- calls ---- */
+
+static int reserve_mail(struct mprpc_mailbox *box, uint32_t mails)
+{
+    pthread_mutex_lock(&box->mutex);
+    int rc = mprpc_bytes_reserve(&box->filling.mail, (mails + 1) * sizeof(struct mprpc_mail));
+    pthread_mutex_unlock(&box->mutex);
+    return rc;
+}
+
+int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *names, size_t names_size,
+                          const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason)
+{
+    struct mprpc_call *c = calloc(1, sizeof *c);
+    int64_t id = MPRPC_CALL_FULL;
+
+    *reason = 0;
+    if (!c)
+        return id;
+    c->mail = 1;
+    c->token = token;
+    pthread_mutex_lock(&k->mutex);
+    if (reserve_mail(k->box, k->mails) == 0)
+        id = mprpc_link_send(k, c, names, names_size, payload, size, timeout,
+                             hold && (k->owned || k->session.in_flight));
+    if (id < 0) {
+        *reason = c->reason;
+        free(c);
+    } else if (!k->reading && k->mails) { /* it may have died of being sent: then its mail is there */
+        k->reading = k->boxed = 1;
+        mprpc_mailbox_call(k->box);
+    } else if (!k->owned && k->out.size) {
+        mprpc_mailbox_call(k->box);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return id;
+}
+
+int mprpc_link_cancel(struct mprpc_link *k, uint64_t id)
+{
+    struct mprpc_reply cancel = {.call_id = id, .kind = MPRPC_CANCEL};
+    uint8_t frame[MPRPC_REPLY_ROOM];
+
+    pthread_mutex_lock(&k->mutex);
+    uint64_t tag = mprpc_session_tag(&k->session, id);
+    struct mprpc_call *c = (struct mprpc_call *)(uintptr_t)tag;
+    if (tag) {
+        mprpc_session_forget(&k->session, id);
+        mprpc_link_drop(k, c);
+        k->mails--;
+        free(c);
+        if (!k->dead && mprpc_bytes_add(&k->out, frame, mprpc_put_reply(frame, &cancel)) == 0 && !k->owned)
+            mprpc_link_flush(k);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return tag != 0;
+}
+
+/* Ends what has expired; k->expiry is a bound, so most turns have nothing to look for. */
+static void expire(struct mprpc_link *k, uint64_t now)
+{
+    if (now < k->expiry)
+        return;
+    k->expiry = NEVER;
+    for (struct mprpc_call *c = k->first, *next; c; c = next) {
+        next = c->after;
+        if (c->mail && c->deadline <= now) {
+            mprpc_session_forget(&k->session, c->id);
+            mprpc_link_end(k, c, MPRPC_CALL_TIMEOUT);
+        } else if (c->mail && c->deadline < k->expiry) {
+            k->expiry = c->deadline;
+        }
+    }
+}
+
+/* ---- an event loop's turn ---- */
+
+int mprpc_link_turn(struct mprpc_link *k, uint64_t *expiry)
+{
+    pthread_mutex_lock(&k->mutex);
+    if (!k->dead)
+        mprpc_link_look(k);
+    if (!k->dead)
+        mprpc_link_flush(k);
+    expire(k, mprpc_clock());
+    int write = !k->dead && k->out.size > 0;
+    *expiry = k->expiry;
+    pthread_mutex_unlock(&k->mutex);
+    return write;
+}
+
+int mprpc_link_descriptor(const struct mprpc_link *k)
+{
+    return k->fd;
+}
+
+/* ---- the mailbox's thread ---- */
+
+/* Takes the reading where it is free and wanted; what to poll, and until when. */
+static size_t gather(struct mprpc_mailbox *box, struct pollfd **fds, uint64_t *until)
+{
+    size_t n = 1, room = 1;
+
+    for (struct mprpc_link *k = box->first; k; k = k->mailed.after)
+        room++;
+    struct pollfd *p = malloc(room * sizeof *p);
+    *fds = p;
+    for (struct mprpc_link *k = box->first; k; k = k->mailed.after) {
+        k->mailed.polled = 0;
+        pthread_mutex_lock(&k->mutex);
+        if (k->mails && !k->reading && !k->dead)
+            k->reading = k->boxed = 1;
+        if (k->mails && k->boxed && !k->dead)
+            mprpc_link_flush(k); /* it may die of it */
+        if (p && k->mails && k->boxed && !k->dead) {
+            p[k->mailed.polled = n++] = (struct pollfd){k->fd, (short)(POLLIN | (k->out.size ? POLLOUT : 0)), 0};
+            *until = k->expiry < *until ? k->expiry : *until;
+        }
+        pthread_mutex_unlock(&k->mutex);
+    }
+    return n;
+}
+
+static void serve(struct mprpc_link *k, short events, uint64_t now)
+{
+    pthread_mutex_lock(&k->mutex);
+    if (k->boxed && !k->dead && events & ~POLLOUT)
+        mprpc_link_look(k);
+    if (!k->dead && events & POLLOUT)
+        mprpc_link_flush(k);
+    expire(k, now);
+    if (k->boxed && !k->mails) {
+        k->reading = k->boxed = 0;
+        k->used = now;
+        mprpc_link_promote(k);
+    }
+    pthread_mutex_unlock(&k->mutex);
+}
+
+static int has_mail(struct mprpc_mailbox *box, int *called)
+{
+    pthread_mutex_lock(&box->mutex);
+    int has = box->filling.mail.size > 0;
+    *called = box->called;
+    box->called = 0;
+    pthread_mutex_unlock(&box->mutex);
+    return has;
+}
+
+int mprpc_mailbox_wait(struct mprpc_mailbox *box, uint64_t timeout)
+{
+    uint64_t now = mprpc_clock(), until = timeout > NEVER - now ? NEVER : now + timeout, due = until;
+    struct pollfd *fds;
+    int called;
+    char drop[64];
+
+    pthread_mutex_lock(&box->links_mutex);
+    size_t n = gather(box, &fds, &due);
+    pthread_mutex_unlock(&box->links_mutex);
+    struct pollfd only = {box->wake[0], POLLIN, 0}, *p = fds ? fds : &only;
+    p[0] = only;
+    if (has_mail(box, &called))
+        due = 0; /* what is there is given at once, with what has come meanwhile */
+    uint64_t left = due <= now ? 0 : due - now, ms = (left + 999999) / 1000000;
+    poll(p, fds ? (nfds_t)n : 1, called || ms == 0 ? 0 : ms > 3600000 ? 3600000 : (int)ms);
+    if (p[0].revents)
+        while (read(box->wake[0], drop, sizeof drop) == sizeof drop)
+            continue;
+    now = mprpc_clock();
+    pthread_mutex_lock(&box->links_mutex);
+    for (struct mprpc_link *k = box->first; k; k = k->mailed.after)
+        if (fds && k->mailed.polled)
+            serve(k, fds[k->mailed.polled].revents, now);
+    pthread_mutex_unlock(&box->links_mutex);
+    free(fds);
+    pthread_mutex_lock(&box->mutex);
+    int has = box->filling.mail.size > 0;
+    pthread_mutex_unlock(&box->mutex);
+    return has;
+}
+
+/* ---- birth and death ---- */
+
+struct mprpc_mailbox *mprpc_mailbox_new(void)
+{
+    struct mprpc_mailbox *box = calloc(1, sizeof *box);
+
+    if (!box || pipe(box->wake) < 0) {
+        free(box);
+        return NULL;
+    }
+    for (int end = 0; end < 2; end++) {
+        fcntl(box->wake[end], F_SETFD, FD_CLOEXEC);
+        fcntl(box->wake[end], F_SETFL, O_NONBLOCK);
+    }
+    pthread_mutex_init(&box->links_mutex, NULL);
+    pthread_mutex_init(&box->mutex, NULL);
+    return box;
+}
+
+void mprpc_mailbox_free(struct mprpc_mailbox *box)
+{
+    close(box->wake[0]);
+    close(box->wake[1]);
+    mprpc_bytes_free(&box->filling.mail);
+    mprpc_bytes_free(&box->filling.bytes);
+    mprpc_bytes_free(&box->taken.mail);
+    mprpc_bytes_free(&box->taken.bytes);
+    pthread_mutex_destroy(&box->links_mutex);
+    pthread_mutex_destroy(&box->mutex);
+    free(box);
+}
+
+void mprpc_link_attach(struct mprpc_link *k, struct mprpc_mailbox *box, int owned)
+{
+    k->box = box;
+    k->owned = k->boxed = k->reading = (uint8_t)(owned != 0);
+    pthread_mutex_lock(&box->links_mutex);
+    k->mailed.after = box->first;
+    if (k->mailed.after)
+        k->mailed.after->mailed.before = k;
+    box->first = k;
+    pthread_mutex_unlock(&box->links_mutex);
+}
+
+void mprpc_mailbox_detach(struct mprpc_link *k)
+{
+    struct mprpc_mailbox *box = k->box;
+
+    if (!box || k->pid != getpid())
+        return;
+    pthread_mutex_lock(&box->links_mutex);
+    *(k->mailed.before ? &k->mailed.before->mailed.after : &box->first) = k->mailed.after;
+    if (k->mailed.after)
+        k->mailed.after->mailed.before = k->mailed.before;
+    pthread_mutex_unlock(&box->links_mutex);
+}

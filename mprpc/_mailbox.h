@@ -1,0 +1,44 @@
+/* Calls that nobody waits for: futures and asyncio. They end as mail, taken many at a time. */
+#ifndef MPRPC_MAILBOX_H
+#define MPRPC_MAILBOX_H
+
+#include "_channel.h"
+
+/* How one call ended. Its response, or text and then details, lie at offset in the mailbox's bytes. */
+struct mprpc_mail {
+    uint64_t token;
+    int64_t outcome, reason; /* as mprpc_link_call's */
+    uint64_t offset;
+    uint32_t text_size, details_size;
+    int32_t status;
+    uint8_t not_run, sent;
+};
+
+struct mprpc_mailbox;
+
+struct mprpc_mailbox *mprpc_mailbox_new(void); /* NULL without memory or descriptors */
+void mprpc_mailbox_free(struct mprpc_mailbox *box); /* no link may be attached any more */
+/* Before the link's first submitted call; for good. owned: an event loop polls the link's descriptor and calls
+ * mprpc_link_turn; else whoever is in mprpc_mailbox_wait reads while submitted calls are in flight. */
+void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int owned);
+
+/* Any thread. Starts a call; its call_id, or an mprpc_outcome (reason then in *reason). hold: the frame may wait for
+ * others to be written with it, until mprpc_link_turn or mprpc_mailbox_wait. */
+int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t *names, size_t names_size,
+                          const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason);
+/* Any thread. CANCEL to the provider, and no mail: 1; 0 when the call has ended, so that its mail comes or has come. */
+int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
+
+/* The event loop's thread: reads what is there, writes what waits, ends what has expired. 1: tell me when it can be
+ * written. *expiry: when to call again at the latest, monotonic ns or UINT64_MAX. */
+int mprpc_link_turn(struct mprpc_link *link, uint64_t *expiry);
+int mprpc_link_descriptor(const struct mprpc_link *link);
+
+/* One thread at a time: reads for all attached links until there is mail, 1, or `timeout` ns have passed or it was
+ * woken, 0. */
+int mprpc_mailbox_wait(struct mprpc_mailbox *box, uint64_t timeout);
+void mprpc_mailbox_wake(struct mprpc_mailbox *box); /* any thread */
+/* The mail that is there, and what its offsets point into: both until the next call. */
+size_t mprpc_mailbox_take(struct mprpc_mailbox *box, struct mprpc_mail **mail, uint8_t **bytes, size_t *size);
+
+#endif
