@@ -125,7 +125,7 @@ class Children(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """All or none."""
+    """All or none. What it creates has data: kazoo sends none here."""
 
     operations: tuple[Create | Delete, ...]
 

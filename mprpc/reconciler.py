@@ -5,7 +5,7 @@ more. Its two halves know the znodes: the registrar what should be registered, t
 
 Whoever drives it (the registry's thread; a simulator) calls `handle` for one event at a time, carries out the actions
 in their order, and sends `Tick` at `wakeup`. Operations are answered in the order in which they were asked, as
-ZooKeeper does within a connection.
+ZooKeeper does within a connection; watch events may come before or after the answers around them.
 """
 
 from __future__ import annotations

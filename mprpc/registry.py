@@ -49,7 +49,7 @@ from mprpc.desk import (
     Withdraw,
     Withdrawn,
 )
-from mprpc.errors import ConfigError, Unavailable
+from mprpc.errors import ConfigError, ResourceExhausted, Unavailable
 from mprpc.layout import Endpoint, Registration, check_service, parse_address
 from mprpc.reconciler import Reconciler
 from mprpc.saved_lists import SavedLists
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     ProbeFunction = Callable[[str, str, float], bool]
 
 __all__ = [
+    "MAX_FOLLOWED",
     "MAX_JOBS",
     "MAX_STOPPING",
     "Endpoint",
@@ -83,6 +84,10 @@ MAX_JOBS = 8
 """Probes and snapshot files under way at once. A list that vanishes is probed whole; eight at a time get through a
 hundred dead endpoints in a dozen connect timeouts, and eight threads are nothing."""
 
+MAX_FOLLOWED = 1000
+"""Services that one registry follows. Each has two watches at ZooKeeper; somebody who follows names that come from
+outside must not fill its memory."""
+
 MAX_STOPPING = 4
 """Clients that were thrown away and still stop. Each has three threads; with ZooKeeper gone one is thrown away every
 other session timeout and needs seconds to stop, so that more than one at a time means that something hangs for good."""
@@ -91,6 +96,7 @@ EXIT_TIMEOUT = 1.0
 """Seconds at the process's exit for sessions that nobody closed."""
 
 _log = logging.getLogger(__name__)
+_registries: weakref.WeakSet[Registry] = weakref.WeakSet()
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -115,18 +121,19 @@ class Registry:
         if not config.zookeeper_hosts:
             raise ConfigError("zookeeperip: is empty, so there is no discovery; name a ZooKeeper server")
         self._config = config
-        self._probe = probe or connect_probe
+        self._probe = probe
         self._shared = shared
         self._lock = threading.Lock()
         self._closed = False
         self._views: dict[str, ServiceView] = {}
         self._publications: list[Publication] = []
-        self._shell = _Shell.acquire(config, self._probe, shared=shared)
+        self._shell = _Shell.acquire(config, probe, shared=shared)
+        _registries.add(self)
 
     @staticmethod
     def open(config: MprpcConfig, probe: ProbeFunction | None = None) -> Registry:
-        """A registry on the process's session for this ZooKeeper, which ends when its last user has closed. The probe
-        of the one who opened it first is the one that is used. Raises ConfigError."""
+        """A registry on the process's session for this ZooKeeper, which ends when its last user has closed. The last
+        probe that was given is the one that is used, for all of them. Raises ConfigError."""
         return Registry(config, probe, shared=True)
 
     def publish(self, registrations: Sequence[Registration]) -> Publication:
@@ -142,12 +149,14 @@ class Registry:
     def follow(self, service: str, methods: Iterable[str] = ()) -> ServiceView:
         """The list of a service's providers, kept up to date. `service` is the full proto name, `methods` those that
         may have to be looked up in the seed's layout. Returns at once; the same view for the same service. Raises
-        ValueError for an impossible service."""
+        ValueError for an impossible service, ResourceExhausted past MAX_FOLLOWED services."""
         check_service(service)
         shell = self._acquire_shell()
         with self._lock:
             view = self._views.get(service)
-            if view is None or view._shell is not shell:
+            if view is None:
+                if len(self._views) >= MAX_FOLLOWED:
+                    raise ResourceExhausted(f"{service} is one service more than the {MAX_FOLLOWED} that are followed")
                 view = self._views[service] = ServiceView(shell, service)
                 shell.attach(view)
         view._follow(tuple(methods))
@@ -281,17 +290,19 @@ class _Shell:
     _all: ClassVar[weakref.WeakSet[_Shell]] = weakref.WeakSet()
     _class_lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, config: MprpcConfig, probe: ProbeFunction, key: object) -> None:
+    def __init__(self, config: MprpcConfig, key: object) -> None:
         self.where = config.zookeeper_hosts
         self.connected = False
         self._config = config
-        self._probe = probe
+        self._probe: ProbeFunction = connect_probe
         self._key = key
         self._pid = os.getpid()
         self._users = 0
         self._changed = threading.Condition()
         self._publications: dict[int, Publication] = {}
+        self._last_number = 0
         self._views: dict[str, list[ServiceView]] = {}
+        self._snapshots: dict[str, Snapshot] = {}
         self._events: queue.SimpleQueue[tuple[int, Event] | None] = queue.SimpleQueue()
         self._jobs = _Jobs()
         self._saved_lists: SavedLists | None = None
@@ -315,17 +326,18 @@ class _Shell:
     # Users; any thread.
 
     @classmethod
-    def acquire(cls, config: MprpcConfig, probe: ProbeFunction, *, shared: bool) -> _Shell:
+    def acquire(cls, config: MprpcConfig, probe: ProbeFunction | None, *, shared: bool) -> _Shell:
         key = _key(config) if shared else None
         with cls._class_lock:
             shell = cls._shared.get(key) if shared else None
             if shell is None:
-                shell = cls(config, probe, key)
+                shell = cls(config, key)
                 shell._start()
                 cls._all.add(shell)
                 if shared:
                     cls._shared[key] = shell
             shell._users += 1
+            shell._probe = probe or shell._probe
             return shell
 
     def release(self, timeout: float) -> None:
@@ -365,16 +377,14 @@ class _Shell:
 
     def add_publication(self, publication: Publication) -> int:
         with self._changed:
-            number = self._counter = getattr(self, "_counter", 0) + 1
-            self._publications[number] = publication
-            return number
+            self._last_number += 1
+            self._publications[self._last_number] = publication
+            return self._last_number
 
     def attach(self, view: ServiceView) -> None:
         with self._changed:
-            views = self._views.setdefault(view.service, [])
-            if views:
-                view.snapshot = views[0].snapshot
-            views.append(view)
+            self._views.setdefault(view.service, []).append(view)
+            view.snapshot = self._snapshots.get(view.service, view.snapshot)
 
     def detach(self, view: ServiceView) -> None:
         with self._changed:
@@ -382,6 +392,7 @@ class _Shell:
             if view in views:
                 views.remove(view)
             if not views and self._views.pop(view.service, None) is not None:
+                self._snapshots.pop(view.service, None)
                 self.post(Unfollow(view.service))
 
     def saved(self, service: str) -> Snapshot | None:
@@ -450,6 +461,8 @@ class _Shell:
     def _show(self, action: Show) -> None:
         with self._changed:
             views = tuple(self._views.get(action.service, ()))
+            if views:
+                self._snapshots[action.service] = action.snapshot
         for view in views:
             view._show(action.snapshot)
         self._notify(_nothing)
@@ -474,7 +487,7 @@ class _Shell:
             _log.error("%d ZooKeeper clients hang in stopping; keeping the present one", len(self._stopping))
             return
         _log.warning("a new ZooKeeper client for %s: %s", self.where, why)
-        thread = threading.Thread(target=self._client.stop, args=(0.0,), name="mprpc-registry-stop", daemon=True)
+        thread = threading.Thread(target=self._client.abandon, name="mprpc-registry-stop", daemon=True)
         thread.start()
         self._stopping.append(thread)
         self._client = self._make_client()
@@ -488,6 +501,8 @@ class _Shell:
         shells, cls._all = list(cls._all), weakref.WeakSet()
         cls._shared = {}
         cls._class_lock = threading.Lock()
+        for registry in _registries:
+            registry._lock = threading.Lock()
         for shell in shells:
             shell._client.forget()
 

@@ -2,11 +2,14 @@
 
 Of kazoo only its asynchronous operations, one state listener and one watch callback are used, and these do nothing but
 post: a ZooKeeper call inside a listener deadlocks kazoo, and its recipe watchers stop for good when a path is deleted
-and made again. Its `stop` waits as long as the session's timeout for a server that is silent; so stopping runs on a
-thread of its own, and after a grace the connection is cut under it. All of that goes through kazoo's handler, which is
-its documented place for such things; the negotiated session timeout, which kazoo keeps to itself, is overheard.
+and made again. Answers are posted in the order of their requests, which kazoo does not keep: it lets a create's pass
+through its completion queue twice, so that the answer to a later exists overtakes it. Watch events come by another of
+its threads, so that they and answers are in no order.
 
-kazoo resolves the servers' names anew before each round of connection attempts. It is imported when a client is made.
+kazoo's `stop` waits as long as the session's timeout for a server that is silent; so stopping runs on a thread of its
+own, and after a grace the connection is cut under it. All of that goes through kazoo's handler, which is its documented
+place for such things; the negotiated session timeout, which kazoo keeps to itself, is overheard. It resolves the
+servers' names anew before each round of connection attempts. It is imported when a client is made.
 """
 
 from __future__ import annotations
@@ -64,6 +67,13 @@ _kazoo_log = logging.getLogger("mprpc.kazoo")
 _kazoo_log.addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
+class _Lost:
+    """In an answer's place."""
+
+
+_LOST = _Lost()
+
+
 class ZooKeeperClient:
     """One KazooClient. The registry's thread makes, drives and stops it; `post` is called on kazoo's threads.
 
@@ -83,6 +93,8 @@ class ZooKeeperClient:
         self._own_acl = own_acl(config)
         self._timeout = config.session_timeout
         self._why = "the client gave up"
+        self._lock = threading.Lock()
+        self._answers: dict[int, Answer | _Lost | None] = {}  # in the order of the requests; None: to come
         self._handler = _handler_class()(ended=self._ended)
         jitter = 0.4  # kazoo adds it to the longest delay, too
         retry = KazooRetry(max_tries=-1, delay=0.05, max_delay=RETRY_DELAY / (1 + jitter), max_jitter=jitter)
@@ -117,12 +129,14 @@ class ZooKeeperClient:
     def execute(self, request: Request) -> None:
         """Send an operation. Its answer is posted, unless the connection is lost first."""
         operation = request.operation
+        with self._lock:
+            self._answers[request.token] = None
         try:
             result = self._start(operation)
         except Exception as error:  # kazoo reports a client that is closed by raising, whatever the operation
-            self._fail(request.token, error)
+            self._answer(request.token, partial(_raise, error))
             return
-        result.rawlink(partial(self._answer, request.token, operation))
+        result.rawlink(lambda result: self._answer(request.token, partial(_value, operation, result)))
 
     def stop(self, timeout: float) -> bool:
         """Close the session and release everything, within `timeout` seconds; False if kazoo hangs longer than that."""
@@ -134,6 +148,11 @@ class ZooKeeperClient:
             self._handler.abort()
             closer.join(max(timeout - grace, 0.0))
         return not closer.is_alive()
+
+    def abandon(self) -> None:
+        """Release everything as soon as kazoo lets go, and leave the session to whoever takes it over. Blocks."""
+        self._handler.abort()
+        self._close()
 
     def forget(self) -> None:
         """In a child after a fork: close the inherited descriptors, and say nothing to the parent's connection."""
@@ -171,31 +190,26 @@ class ZooKeeperClient:
 
     # On kazoo's threads: nothing but posting.
 
-    def _answer(self, token: int, operation: Operation, result: Any) -> None:
-        if result.exception is not None:
-            self._fail(token, result.exception)
-        elif isinstance(operation, Transaction):
-            self._answer_transaction(token, result.value)
-        else:
-            self._post(Answer(token, _value(operation, result.value)))
-
-    def _answer_transaction(self, token: int, results: list[Any]) -> None:
-        from kazoo.exceptions import RolledBackError, RuntimeInconsistency
-
-        errors = [result for result in results if isinstance(result, Exception)]
-        # Those before and after the one that failed say only that they were not carried out.
-        guilty = [error for error in errors if not isinstance(error, (RolledBackError, RuntimeInconsistency))]
-        if errors:
-            self._fail(token, (guilty or errors)[0])
-        else:
-            self._post(Answer(token))
-
-    def _fail(self, token: int, error: BaseException) -> None:
+    def _answer(self, token: int, value: Callable[[], object]) -> None:
+        """Post the answer once all earlier ones have been; one that a lost connection took is left out."""
         from kazoo.exceptions import ConnectionClosedError, ConnectionLoss, SessionExpiredError, SessionMovedError
 
-        # What became of these is not known: the state listener tells, and everything is looked at again.
-        if not isinstance(error, (ConnectionLoss, ConnectionClosedError, SessionExpiredError, SessionMovedError)):
-            self._post(Answer(token, error=type(error).__name__.removesuffix("Error")))
+        answer: Answer | _Lost
+        try:
+            answer = Answer(token, value())
+        except (ConnectionLoss, ConnectionClosedError, SessionExpiredError, SessionMovedError):
+            answer = _LOST  # what became of it is not known: the state listener tells, and all is looked at again
+        except Exception as error:
+            answer = Answer(token, error=type(error).__name__.removesuffix("Error"))
+        with self._lock:
+            self._answers[token] = answer
+            while self._answers:
+                oldest, waiting = next(iter(self._answers.items()))
+                if waiting is None:
+                    break
+                del self._answers[oldest]
+                if isinstance(waiting, Answer):
+                    self._post(waiting)
 
     def _listen(self, state: str) -> None:
         client_id = self._kazoo.client_id
@@ -227,14 +241,32 @@ class ZooKeeperClient:
         connection._invoke = overhear
 
 
-def _value(operation: Operation, value: Any) -> object:
+def _value(operation: Operation, result: Any) -> object:
+    """What the operation is answered by. Raises kazoo's error."""
+    value = result.get(block=False)
     if isinstance(operation, Exists):
         return None if value is None else _stat(value)
     if isinstance(operation, Read):
         return value[0], _stat(value[1])
     if isinstance(operation, Children):
         return tuple(value[0]), _stat(value[1])
+    if isinstance(operation, Transaction):
+        _check_transaction(value)
     return None
+
+
+def _check_transaction(results: list[Any]) -> None:
+    from kazoo.exceptions import RolledBackError, RuntimeInconsistency
+
+    errors = [result for result in results if isinstance(result, Exception)]
+    # Those before and after the one that failed say only that they were not carried out.
+    guilty = [error for error in errors if not isinstance(error, (RolledBackError, RuntimeInconsistency))]
+    for error in guilty or errors:
+        raise error
+
+
+def _raise(error: Exception) -> object:
+    raise error
 
 
 def _stat(stat: Any) -> Stat:
@@ -310,7 +342,7 @@ def _handler_class() -> type[Any]:
         def _connect(self, address: tuple[str, int]) -> socket.socket:
             """Known before it is connected, so that it can be cut meanwhile."""
             family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            connection = self._remember(socket.socket(family, socket.SOCK_STREAM))
+            connection: socket.socket = self._remember(socket.socket(family, socket.SOCK_STREAM))
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.settimeout(CONNECT_TIMEOUT)

@@ -292,7 +292,16 @@ class Process:
         self.inbox.append(answer)
 
     def handle_one(self) -> None:
-        self.handle(self.inbox.popleft())
+        """The oldest message; or the oldest answer or watch event, as kazoo brings these by two threads."""
+        lanes: dict[type, int] = {}
+        for index, event in enumerate(self.inbox):
+            if not isinstance(event, (Answer, Fired)):
+                break
+            lanes.setdefault(type(event), index)
+        index = self.world.random.choice(sorted(lanes.values()) or [0])
+        event = self.inbox[index]
+        del self.inbox[index]
+        self.handle(event)
 
     def tick(self) -> None:
         wakeup = self.reconciler.wakeup

@@ -30,9 +30,10 @@ from zookeeper_server import (  # noqa: F401
     zookeeper,
 )
 
+import mprpc.registry as registry_module
 from mprpc.config import MprpcConfig
 from mprpc.embedded_zookeeper import Clock
-from mprpc.errors import ConfigError, Status, Unavailable
+from mprpc.errors import ConfigError, ResourceExhausted, Status, Unavailable
 from mprpc.registry import MAX_JOBS, Registration, Registry, ServiceView, Snapshot, advertised_address, connect_probe
 from mprpc.testing import Code, EmbeddedZooKeeper, Op
 from mprpc.zookeeper_client import kazoo_options
@@ -75,6 +76,24 @@ def embedded() -> Iterator[EmbeddedZooKeeper]:
     """Time passes by itself."""
     with EmbeddedZooKeeper(clock=Clock()) as server:
         yield server
+
+
+@contextmanager
+def watch_log(logger: str, text: str) -> Iterator[threading.Event]:
+    """An event that is set when a line with `text` is logged."""
+    said = threading.Event()
+
+    class Watcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if text in record.getMessage():
+                said.set()
+
+    watcher = Watcher()
+    logging.getLogger(logger).addHandler(watcher)
+    try:
+        yield said
+    finally:
+        logging.getLogger(logger).removeHandler(watcher)
 
 
 def wait_until(view: ServiceView, fits: Callable[[Snapshot], bool]) -> Snapshot:
@@ -247,6 +266,15 @@ class TestFollowing:
                 assert made.wait(PATIENCE)
             assert cpp.get(LOGIN)[0] == b"127.0.0.1:8002"
 
+    def test_more_services_than_the_limit(self, embedded: EmbeddedZooKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(registry_module, "MAX_FOLLOWED", 3)
+        with open_registry(embedded.hosts) as registry:
+            for number in range(3):
+                registry.follow(f"s{number}")
+            with pytest.raises(ResourceExhausted, match="s3 is one service more than the 3 that are followed"):
+                registry.follow("s3")
+            registry.follow("s0")
+
     def test_views_of_one_service_share_its_watches(self, embedded: EmbeddedZooKeeper) -> None:
         settings = config(embedded.hosts)
         with Registry.open(settings) as one, Registry.open(settings) as two:
@@ -343,7 +371,7 @@ class TestFaults:
             assert registry.publish([registration()]).wait(PATIENCE)
             for _ in range(5):
                 made = threading.Event()
-                for path in ("/mprpc", "/UserServiceRpc"):
+                for path in ("/mprpc", "/UserServiceRpc"):  # while the provider makes it again
                     _delete(other, path)
                 if not other.exists(LOGIN, lambda event, made=made: made.set()):  # type: ignore[misc]
                     assert made.wait(PATIENCE)
@@ -428,6 +456,36 @@ class TestFaults:
                 publication.replace([registration(8001)])
                 wait_until(view, lambda snapshot: not snapshot.confirmed)
             wait_until(view, lists(8001))
+
+    def test_a_client_that_hangs_in_stopping_is_not_multiplied(
+        self, embedded: EmbeddedZooKeeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(registry_module, "MAX_STOPPING", 0)
+        said = watch_log("mprpc.registry", "clients hang in stopping")
+        with open_registry(embedded.hosts, session_timeout=1.0) as registry, said as happened:
+            assert registry.publish([registration()]).wait(PATIENCE)
+            client = registry._shell._client
+            with embedded.answers_held():
+                registry.publish([registration(8001)])
+                assert happened.wait(PATIENCE)
+            assert registry._shell._client is client
+
+    def test_the_servers_names_are_looked_up_again(
+        self, embedded: EmbeddedZooKeeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """ZooKeeper moved while it could not be reached: the name says where to."""
+        where = "127.0.0.2"
+        real = socket.getaddrinfo
+
+        def getaddrinfo(host: str, *args: object, **kwargs: object) -> object:
+            return real(where if host == "zookeeper.test" else host, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with open_registry(f"zookeeper.test:{embedded.hosts.partition(':')[2]}") as registry:
+            publication = registry.publish([registration()])
+            assert not publication.wait(0.3)
+            where = "127.0.0.1"
+            assert publication.wait(PATIENCE)
 
     def test_wrong_credentials_are_said_and_not_shown(
         self, embedded: EmbeddedZooKeeper, caplog: pytest.LogCaptureFixture
@@ -595,20 +653,14 @@ class TestSavedLists:
             consumer.follow(SERVICE).wait(1)
 
     def test_a_directory_that_can_not_be_written_costs_a_warning(
-        self, embedded: EmbeddedZooKeeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self, embedded: EmbeddedZooKeeper, tmp_path: Path
     ) -> None:
         (tmp_path / "file").write_text("")
-        said = threading.Event()
-        handler = logging.Handler()
-        handler.emit = lambda record: said.set() if "can't be saved" in record.getMessage() else None  # type: ignore[method-assign]
-        logging.getLogger("mprpc.saved_lists").addHandler(handler)
-        try:
-            with open_registry(embedded.hosts, snapshot_dir=str(tmp_path / "file")) as registry:
-                registry.publish([registration()])
-                wait_until(registry.follow(SERVICE), lists(8000))
-                assert said.wait(PATIENCE)
-        finally:
-            logging.getLogger("mprpc.saved_lists").removeHandler(handler)
+        said = watch_log("mprpc.saved_lists", "can't be saved")
+        with open_registry(embedded.hosts, snapshot_dir=str(tmp_path / "file")) as registry, said as happened:
+            registry.publish([registration()])
+            wait_until(registry.follow(SERVICE), lists(8000))
+            assert happened.wait(PATIENCE)
 
 
 def _files(directory: Path) -> list[Path]:
