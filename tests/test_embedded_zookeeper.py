@@ -1,5 +1,7 @@
 """The embedded ZooKeeper: what it shares with the real one, what tests can do to it, and what it survives."""
 
+# ruff: noqa: F811  # a fixture that is imported is also a parameter
+
 from __future__ import annotations
 
 import ast
@@ -36,14 +38,22 @@ from kazoo.exceptions import (
 )
 from kazoo.security import make_acl, make_digest_acl
 from zookeeper_differential import OPEN, Answer, Client, Entries, Server, acl_list, buffer, framed, string, strings
-from zookeeper_server import TICK_MS, ZooKeeper, four_letters, free_ports, require
+from zookeeper_server import (
+    TICK_MS,
+    ZooKeeper,
+    four_letters,
+    free_ports,
+    require,
+    shared_real_zookeeper,  # noqa: F401
+    zookeeper,  # noqa: F401
+)
 
 import mprpc
 from mprpc.embedded_zookeeper import Clock, Code, EmbeddedZooKeeperServer, Limits, Op, answering, start_unless_answering
 from mprpc.embedded_zookeeper.acl import digest_identity, permitted, resolve
 from mprpc.embedded_zookeeper.protocol import AclEntry, ZooKeeperError
 from mprpc.embedded_zookeeper.tree import Tree, Txn
-from mprpc.testing import EmbeddedZooKeeper
+from mprpc.testing import EmbeddedZooKeeper, embedded_zookeeper  # noqa: F401
 
 SECONDS = 10.0
 """How long a test waits for what must come; it comes at once."""
@@ -589,6 +599,19 @@ def test_requests_can_be_refused(embedded_zookeeper: EmbeddedZooKeeper, kazoo: C
         client.get("/node")
 
 
+def test_an_answer_can_be_lost_while_others_wait_to_be_read(
+    embedded_zookeeper: EmbeddedZooKeeper, raw: Callable[..., Client]
+) -> None:
+    """The connection once closed while its paused requests were taken up again, and was then waited for."""
+    client, other = raw(embedded_zookeeper), raw(embedded_zookeeper)
+    client.ask(CREATE, create_body("/big", bytes(900_000)))
+    embedded_zookeeper.lose_answers(op=Op.CREATE)
+    read, create = struct.pack(">ii", 1, GET) + path_watch("/big"), struct.pack(">ii", 2, CREATE) + create_body("/node")
+    client.send(framed(read) * 20 + framed(create))
+    assert client.hung_up_on()
+    assert code_of(other.ask(EXISTS, path_watch("/node"))) == Code.OK
+
+
 def test_an_answer_can_be_lost_after_the_deed(
     embedded_zookeeper: EmbeddedZooKeeper, kazoo: Callable[..., KazooClient]
 ) -> None:
@@ -758,6 +781,16 @@ def test_who_never_reads_is_not_read_from_either(raw: Callable[..., Client]) -> 
         sender.join()
 
 
+def test_who_leaves_too_much_unread_is_dropped(raw: Callable[..., Client], log: Callable[[], list[str]]) -> None:
+    with limited(pause_bytes=100_000_000, unsent_bytes=1_000_000) as server:
+        client, other = raw(server), raw(server)
+        client.ask(CREATE, create_body("/big", bytes(500_000)))
+        client.send(framed(struct.pack(">ii", 1, GET) + path_watch("/big")) * 100)
+        until(lambda: len(server.sessions()) == 2 and len(log()) == 1)
+        assert "bytes unread" in log()[0]
+        assert code_of(other.ask(PING)) == Code.OK
+
+
 def test_who_lets_events_pile_up_is_dropped(raw: Callable[..., Client], log: Callable[[], list[str]]) -> None:
     with limited(unsent_bytes=1000) as server:
         client, other = raw(server), raw(server)
@@ -767,6 +800,16 @@ def test_who_lets_events_pile_up_is_dropped(raw: Callable[..., Client], log: Cal
         assert code_of(other.ask(PING)) == Code.OK
         assert len(log()) == 1
         assert "bytes are unread" in log()[0]
+
+
+def test_a_packet_that_is_cut_short_is_told_of(
+    embedded_zookeeper: EmbeddedZooKeeper, raw: Callable[..., Client], log: Callable[[], list[str]]
+) -> None:
+    client = raw(embedded_zookeeper)
+    client.send(framed(struct.pack(">ii", 1, CREATE) + create_body("/node"))[:-1], last=True)
+    assert client.hung_up_on()
+    assert len(log()) == 1
+    assert "in the middle of a packet" in log()[0]
 
 
 def test_an_unreadable_record_is_answered_and_ends_its_connection(

@@ -158,7 +158,8 @@ class Client:
         """Any bytes; after the last of them the server reads the end of the stream."""
         self._socket.sendall(data)
         if last:
-            self._socket.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the server may have hung up already
+                self._socket.shutdown(socket.SHUT_WR)
 
     def is_silent(self) -> bool:
         """Whether nothing of the server's is there to be read."""

@@ -300,6 +300,8 @@ class EmbeddedZooKeeperServer:
 
     def _watch(self, connection: Connection) -> None:
         """Waits for what the connection is in a state to do."""
+        if connection.closed:
+            return
         interest = 0
         if not self._faults.stalled:
             paused = connection.unsent > self._limits.pause_bytes or connection.ending is not None
@@ -322,8 +324,7 @@ class EmbeddedZooKeeperServer:
             self._unflushed[connection] = None
         if mask & _READ and self._receive(connection):
             self._take_packets(connection)
-        if not connection.closed:
-            self._watch(connection)
+        self._watch(connection)
 
     def _receive(self, connection: Connection) -> bool:
         try:
@@ -334,7 +335,8 @@ class EmbeddedZooKeeperServer:
             self._close(connection, f"the connection broke: {error}")
             return False
         if not data:
-            self._close(connection, "the client hung up")
+            inside = " in the middle of a packet" if connection.received else ""
+            self._close(connection, f"the client hung up{inside}", at_fault=bool(inside))
             return False
         connection.received += data
         return True
