@@ -22,7 +22,6 @@ import random
 import socket
 import threading
 import time
-import uuid
 import weakref
 from collections import deque
 from functools import partial
@@ -315,7 +314,7 @@ class _Shell:
         self._reconciler = Reconciler(
             where=self.where,
             root=config.root,
-            process=uuid.uuid4().hex,
+            process=os.urandom(16).hex(),
             timeout=config.session_timeout,
             random=random.random,
             utc_offset=time.time() - time.monotonic(),

@@ -533,6 +533,7 @@ class TestSharing:
         with pytest.raises(ConfigError, match="zookeeperip: is empty"):
             Registry.open(MprpcConfig())
 
+    @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")  # that is the subject
     def test_a_child_after_a_fork_has_a_session_of_its_own(self, embedded: EmbeddedZooKeeper) -> None:
         settings = config(embedded.hosts)
         with Registry.open(settings) as registry:
