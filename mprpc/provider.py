@@ -324,13 +324,16 @@ class _Loop:
                     size = len(replies)
                     continue
             elif count:
-                replies, sizes = self._batch(arena[: told >> _SHIFT], records[: _record.size * count])
+                replies, sizes = self._batch(arena[: told >> _SHIFT], records[: _record.size * count], told & _SLOW)
                 size = len(replies)
                 continue
             replies, size, count = ffi.NULL, 0, 0
 
-    def _batch(self, data: bytes, records: bytes) -> tuple[bytes, list[int]]:
-        """Serves one turn's requests; their replies, and the size of each, -1 where it is sent otherwise."""
+    def _batch(self, data: bytes, records: bytes, slow: int) -> tuple[bytes, list[int]]:
+        """Serves one turn's requests; their replies, and the size of each, -1 where it is sent otherwise.
+
+        slow: arguments, small ones too, may lie in the buffer of a frame that is larger than the turn's bytes.
+        """
         serve, clock, expired = self._serve, time.monotonic_ns, lib.mprpc_loop_expired
         expiry = lib.mprpc_loop_expiry(self.handle)
         replies: list[bytes] = []
@@ -339,7 +342,7 @@ class _Loop:
             if clock() >= expiry and expired(self.handle, i):
                 sizes.append(-1)
                 continue
-            arguments = data[at : at + length] if length < _AT_ONCE else self._large(data, i, at, length)
+            arguments = self._large(data, i, at, length) if slow else data[at : at + length]
             reply = serve[method](arguments, i)
             if reply is None:
                 sizes.append(-1)

@@ -897,6 +897,18 @@ def test_thousand_requests_in_one_go() -> None:
         sending.join()
 
 
+def test_small_requests_behind_a_large_one_get_their_own_arguments() -> None:
+    """They are received into the large one's buffer, where their arguments were not looked for."""
+    names = [b"%d" % i * (100_000 if i % 5 == 0 else i % 7) for i in range(1, 101)]
+    data = b"".join(wire.login(i, name) for i, name in enumerate(names, 1))
+    with services.serving() as provider, wire.connect(provider.address) as peer:
+        sending = threading.Thread(target=peer.send, args=(data,))
+        sending.start()
+        for name in names:
+            assert LoginResponse.FromString(peer.frame()[1]).result.errmsg == name
+        sending.join()
+
+
 def test_requests_cut_at_every_byte() -> None:
     data = wire.login(1, b"one") + wire.login(2, b"two")
     with services.serving() as provider, wire.connect(provider.address) as signpost:
