@@ -52,6 +52,7 @@ Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
 _NS = 1_000_000_000
+_LONGEST = 1e9  # seconds; a longer timeout, such as infinity, means this one
 _SMALL = lib.MPRPC_CALL_SMALL
 _IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
 _REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
@@ -93,7 +94,7 @@ class MprpcChannel:
             raise ValueError(f'dialect={dialect!r}: give "auto", "framed" or "classic"')
         self._timeout = config.call_timeout if timeout is None else timeout
         self._address = target if isinstance(target, str) else "" if config.zookeeper_hosts else _configured(config)
-        if self._address:
+        if self._address or isinstance(target, str):
             _split(self._address)  # a bad address is told now, not at the first call
         self._lock = threading.Lock()
         self._closed = False
@@ -128,7 +129,7 @@ class MprpcChannel:
 
         Raises Unavailable, which says what is missing, after `timeout` seconds.
         """
-        deadline = time.monotonic_ns() + int(timeout * _NS)
+        deadline = time.monotonic_ns() + _nanoseconds(timeout)
         for endpoints in [lambda: (self._fixed(),)] if self._address else map(self._listed, self._services()):
             self._connect_one(endpoints, deadline)
 
@@ -143,17 +144,18 @@ class MprpcChannel:
         return endpoints
 
     def _connect_one(self, endpoints: Callable[[], tuple[_Endpoint, ...]], deadline: int) -> None:
-        why = Unavailable("no provider is registered", not_run=True)
+        why = None
         while True:
             for endpoint in endpoints():
                 try:
                     endpoint.connect(deadline)
                     return
                 except RpcError as error:
-                    why = Unavailable(error.text, not_run=True)
+                    if why is None or time.monotonic_ns() < deadline:  # a refusal says more than the end of the time
+                        why = Unavailable(error.text, not_run=True)
             left = deadline - time.monotonic_ns()
             if left <= 0 or self._closed:
-                raise why
+                raise why or Unavailable("no provider is registered", not_run=True)
             threading.Event().wait(min(0.02, left / _NS))  # nobody tells when a port is opened
 
     def close(self) -> None:
@@ -255,7 +257,7 @@ class UnaryCall(Generic[Request, Response]):
         self._parse: Callable[[bytes], Response] = response_class.FromString
         self._names = _names(method.containing_service.full_name, method.name)
         self._names_size = len(self._names)
-        self._timeout_ns = int(channel._timeout * _NS)
+        self._timeout_ns = _nanoseconds(channel._timeout)
         self._max_payload = channel._config.max_payload
         self._idempotent = method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN
         self._target = channel._target(method)
@@ -286,7 +288,7 @@ class UnaryCall(Generic[Request, Response]):
             payload = request.SerializeToString()
         except EncodeError as error:
             raise InvalidArgument(f"{self._method.full_name}: {error}", not_run=True) from None
-        nanoseconds = self._timeout_ns if timeout is None else int(timeout * _NS)
+        nanoseconds = self._timeout_ns if timeout is None else _nanoseconds(timeout)
         endpoint = self._target.next()
         if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload:
             return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller)
@@ -606,6 +608,10 @@ def stub(service: ServiceDescriptor, channel: MprpcChannel) -> Any:
 
 class _Stub:
     """What stub() returns."""
+
+
+def _nanoseconds(timeout: float) -> int:
+    return int(min(max(timeout, 0.0), _LONGEST) * _NS)
 
 
 def _names(service: str, method: str) -> bytes:
