@@ -64,7 +64,7 @@ def _prepare(directory: Path) -> Path:
     )
     (archive,) = directory.glob("kazoo-*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(directory)  # the archive pip has just verified
+        tar.extractall(directory, filter="data")
     return source
 
 

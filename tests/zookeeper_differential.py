@@ -112,12 +112,13 @@ class Client:
         return self.connect(self.session_id, self.password)
 
     def reconnect_with_wrong_password(self) -> object:
-        """The server turns it away, and a new session follows."""
+        """The server turns it away; with the right one the session goes on, so that none is left to expire."""
+        session_id, password = self.session_id, self.password
         self.close()
-        turned_away = self.connect(self.session_id, bytes(16))
+        turned_away = self.connect(session_id, bytes(16))
         assert self.hung_up_on()
         self.close()
-        return turned_away, self.connect(0, bytes(16))
+        return turned_away, self.connect(session_id, password)
 
     def end_session(self) -> object:
         answer = self.ask(-11)
