@@ -263,6 +263,8 @@ static void process(struct mprpc_link *k)
         memmove(k->in.at, k->in.at + at, k->in.size);
     }
     mprpc_link_flush(k);
+    if (k->session.gone && !k->first && !k->dead)
+        mprpc_link_die(k, MPRPC_LINK_GOAWAY); /* nothing is in flight: the provider waits for our end */
 }
 
 static int reserve(struct mprpc_link *k)
