@@ -34,6 +34,8 @@ static size_t gather(struct pollfd **fds, size_t *room, int *busy)
     for (struct mprpc_link *k = keeper.first; k; k = k->kept.after) {
         k->kept.polled = 0;
         pthread_mutex_lock(&k->mutex);
+        if (quiet(k) && k->session.gone)
+            mprpc_link_die(k, MPRPC_LINK_GOAWAY); /* its last call timed out */
         int take = quiet(k) && now - k->used > QUIET, dead = k->dead != 0;
         pthread_mutex_unlock(&k->mutex);
         if (take && n == *room) {
