@@ -142,6 +142,10 @@ void mprpc_link_flush(struct mprpc_link *k)
         if (n < 0)
             return;
         k->sent += (size_t)n;
+        if (k->sent > k->out.size / 2 && k->sent < k->out.size) { /* so each byte is moved at most once */
+            mprpc_bytes_drop(&k->out, k->sent);
+            k->sent = 0;
+        }
     }
     mprpc_bytes_free(&k->out);
     k->sent = 0;
@@ -367,6 +371,15 @@ static int write_once(struct mprpc_link *k, uint64_t left)
 
 /* ---- a call ---- */
 
+/* What a caller who goes does for those who stay. Whoever reads may sit in recv, and all others sleep: what is left of
+ * a frame is then the keeper's to write. */
+static void leave(struct mprpc_link *k)
+{
+    mprpc_link_promote(k);
+    if (k->out.size && !k->writing)
+        mprpc_keeper_call();
+}
+
 /* With the mutex held; gives it back. */
 static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
 {
@@ -389,10 +402,9 @@ static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
     }
     c->away = c->pending;
     int64_t outcome = c->pending ? MPRPC_CALL_INTERRUPTED : c->outcome;
-    if (k->first)
-        mprpc_link_promote(k);
-    else
+    if (!k->first)
         k->used = mprpc_clock();
+    leave(k);
     pthread_mutex_unlock(&k->mutex);
     return outcome;
 }
@@ -453,7 +465,7 @@ void mprpc_link_forget(struct mprpc_link *k, struct mprpc_call *c)
         mprpc_session_forget(&k->session, c->id);
         mprpc_link_drop(k, c);
     }
-    mprpc_link_promote(k);
+    leave(k);
     pthread_mutex_unlock(&k->mutex);
 }
 

@@ -1,5 +1,6 @@
 /* The keeper: one thread for the process reads the connections that nobody calls through, so that PING is answered and
- * GOAWAY and the end are seen. It takes the reading only by trying, and lives as long as there are connections. */
+ * GOAWAY and the end are seen, and writes what a caller whose deadline has passed left of its frame. It takes either
+ * only by trying, and lives as long as there are connections. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <poll.h>
@@ -24,7 +25,13 @@ static int quiet(const struct mprpc_link *k)
     return !k->dead && !k->first && !k->reading;
 }
 
-/* What to poll: the quiet ones. *busy: some may become so. */
+/* An event loop that owns the connection polls for that itself. */
+static int unwritten(const struct mprpc_link *k)
+{
+    return !k->dead && k->out.size && !k->writing && !k->owned;
+}
+
+/* What to poll: the quiet ones, and those with something to write. *busy: some may become quiet. */
 static size_t gather(struct pollfd **fds, size_t *room, int *busy)
 {
     uint64_t now = mprpc_clock();
@@ -36,7 +43,7 @@ static size_t gather(struct pollfd **fds, size_t *room, int *busy)
         pthread_mutex_lock(&k->mutex);
         if (quiet(k) && k->session.gone)
             mprpc_link_die(k, MPRPC_LINK_GOAWAY); /* its last call timed out */
-        int take = quiet(k) && now - k->used > QUIET, dead = k->dead != 0;
+        int idle = quiet(k) && now - k->used > QUIET, dead = k->dead != 0, left = unwritten(k), take = idle || left;
         pthread_mutex_unlock(&k->mutex);
         if (take && n == *room) {
             struct pollfd *more = realloc(*fds, *room * 2 * sizeof **fds);
@@ -44,11 +51,10 @@ static size_t gather(struct pollfd **fds, size_t *room, int *busy)
             *fds = more ? more : *fds;
             *room *= more ? 2 : 1;
         }
-        if (take) {
-            (*fds)[k->kept.polled = n++] = (struct pollfd){k->fd, POLLIN, 0};
-        } else {
-            *busy |= !dead;
-        }
+        short events = (short)((idle ? POLLIN : 0) | (left ? POLLOUT : 0));
+        if (take)
+            (*fds)[k->kept.polled = n++] = (struct pollfd){k->fd, events, 0};
+        *busy |= !dead && !(take && idle);
     }
     return n;
 }
@@ -56,6 +62,8 @@ static size_t gather(struct pollfd **fds, size_t *room, int *busy)
 static void mind(struct mprpc_link *k)
 {
     pthread_mutex_lock(&k->mutex);
+    if (unwritten(k))
+        mprpc_link_flush(k);
     if (quiet(k))
         mprpc_link_look(k);
     if (quiet(k) && k->session.gone)
@@ -89,7 +97,7 @@ static void *keep(void *unused)
     return unused;
 }
 
-static void keeper_wake(void)
+void mprpc_keeper_call(void)
 {
     ssize_t n = write(keeper.wake[1], "", 1);
     (void)n;
@@ -148,7 +156,7 @@ void mprpc_keeper_add(struct mprpc_link *k)
     if (!keeper.running)
         keeper_start();
     else
-        keeper_wake();
+        mprpc_keeper_call();
     pthread_mutex_unlock(&keeper.mutex);
 }
 
@@ -161,6 +169,6 @@ void mprpc_keeper_remove(struct mprpc_link *k)
     if (k->kept.after)
         k->kept.after->kept.before = k->kept.before;
     if (!keeper.first)
-        keeper_wake(); /* with nothing to mind, the thread ends */
+        mprpc_keeper_call(); /* with nothing to mind, the thread ends */
     pthread_mutex_unlock(&keeper.mutex);
 }

@@ -58,6 +58,7 @@ void mprpc_link_end(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome)
 /* _keeper.c: every link from birth to death. */
 void mprpc_keeper_add(struct mprpc_link *k);
 void mprpc_keeper_remove(struct mprpc_link *k);
+void mprpc_keeper_call(void); /* have it look again: a link has something to write and nobody who does */
 
 /* _mailbox.c: the end of a call that nobody waits for; frees the call. */
 void mprpc_mail(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome, const struct mprpc_frame *f);
