@@ -43,8 +43,12 @@ from mprpc.errors import ConfigError, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kazoo.handlers.threading import SequentialThreadingHandler as _Threading
+
     from mprpc.config import MprpcConfig
     from mprpc.desk import Event, Operation
+else:
+    _Threading = object  # kazoo is imported when a client is made
 
 __all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options", "own_acl"]
 
@@ -312,83 +316,85 @@ def _sasl_options(text: str) -> dict[str, str]:
 
 @cache
 def _handler_class() -> type[Any]:
-    """kazoo's threading handler, with an end to every wait. Made when kazoo is imported."""
+    """Made when kazoo is imported."""
     from kazoo.handlers.threading import SequentialThreadingHandler
 
-    class Handler(SequentialThreadingHandler):  # type: ignore[misc]
-        """Remembers the sockets, so that they can be cut; tells when the connection's thread has ended."""
+    return type("Handler", (_Bounds, SequentialThreadingHandler), {})
 
-        def __init__(self, ended: Callable[[], None]) -> None:
-            super().__init__()
-            self._ended = ended
-            self._lock = threading.Lock()
-            self._aborted = False
-            self._socket: socket.socket | None = None
-            self._pair: tuple[socket.socket, ...] = ()
-            self._pid = os.getpid()
 
-        def start(self) -> None:
-            import atexit
+class _Bounds(_Threading):  # type: ignore[misc]
+    """For kazoo's threading handler, an end to every wait: remembers the sockets, so that they can be cut, and tells
+    when the connection's thread has ended."""
 
-            super().start()
-            atexit.unregister(self.stop)  # it would stop the answers before the registry has withdrawn at exit
+    def __init__(self, ended: Callable[[], None]) -> None:
+        super().__init__()
+        self._ended = ended
+        self._lock = threading.Lock()
+        self._aborted = False
+        self._socket: socket.socket | None = None
+        self._pair: tuple[socket.socket, ...] = ()
+        self._pid = os.getpid()
 
-        def create_connection(self, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("use_ssl"):
-                kwargs["timeout"] = min(kwargs["timeout"], CONNECT_TIMEOUT)
-                return self._remember(super().create_connection(*args, **kwargs))
-            return self._connect(args[0] if args else kwargs["address"])
+    def start(self) -> None:
+        import atexit
 
-        def _connect(self, address: tuple[str, int]) -> socket.socket:
-            """Known before it is connected, so that it can be cut meanwhile."""
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            connection: socket.socket = self._remember(socket.socket(family, socket.SOCK_STREAM))
-            try:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.settimeout(CONNECT_TIMEOUT)
-                connection.connect(address)
-            except BaseException:
+        super().start()
+        atexit.unregister(self.stop)  # it would stop the answers before the registry has withdrawn at exit
+
+    def create_connection(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("use_ssl"):
+            kwargs["timeout"] = min(kwargs["timeout"], CONNECT_TIMEOUT)
+            return self._remember(super().create_connection(*args, **kwargs))
+        return self._connect(args[0] if args else kwargs["address"])
+
+    def _connect(self, address: tuple[str, int]) -> socket.socket:
+        """Known before it is connected, so that it can be cut meanwhile."""
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        connection: socket.socket = self._remember(socket.socket(family, socket.SOCK_STREAM))
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(CONNECT_TIMEOUT)
+            connection.connect(address)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _remember(self, connection: Any) -> Any:
+        with self._lock:
+            self._socket = connection
+            if self._aborted:
                 connection.close()
-                raise
-            return connection
+                raise OSError(errno.ECONNABORTED, "the client is being stopped")
+        return connection
 
-        def _remember(self, connection: Any) -> Any:
-            with self._lock:
-                self._socket = connection
-                if self._aborted:
-                    connection.close()
-                    raise OSError(errno.ECONNABORTED, "the client is being stopped")
-            return connection
+    def create_socket_pair(self) -> Any:
+        self._pair = super().create_socket_pair()
+        return self._pair
 
-        def create_socket_pair(self) -> Any:
-            self._pair = super().create_socket_pair()
-            return self._pair
+    def spawn(self, func: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
+        if getattr(func, "__name__", "") == "zk_loop":
+            func = partial(self._run_connection, func)
+        return super().spawn(func, *args, **kwargs)
 
-        def spawn(self, func: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
-            if getattr(func, "__name__", "") == "zk_loop":
-                func = partial(self._run_connection, func)
-            return super().spawn(func, *args, **kwargs)
+    def _run_connection(self, loop: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            loop(*args, **kwargs)
+        except Exception as error:
+            _log.debug("kazoo's connection thread ended: %r", error)
+        finally:
+            self._ended()
 
-        def _run_connection(self, loop: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            try:
-                loop(*args, **kwargs)
-            except Exception as error:
-                _log.debug("kazoo's connection thread ended: %r", error)
-            finally:
-                self._ended()
+    def abort(self) -> None:
+        with self._lock:
+            self._aborted = True
+            if self._socket is not None:
+                _cut(self._socket)
 
-        def abort(self) -> None:
-            with self._lock:
-                self._aborted = True
-                if self._socket is not None:
-                    _cut(self._socket)
-
-        def forget(self) -> None:
-            for each in (self._socket, *self._pair):
-                if each is not None:
-                    each.close()
-
-    return Handler
+    def forget(self) -> None:
+        for each in (self._socket, *self._pair):
+            if each is not None:
+                each.close()
 
 
 def _cut(connection: socket.socket) -> None:
