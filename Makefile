@@ -44,3 +44,9 @@ check: ## ruff, mypy --strict, C without a warning
 
 clean: ## all that was made
 	rm -rf $(VENV) build dist *.egg-info mprpc/_native.c mprpc/*.so proto/*_pb2.py proto/*_pb2.pyi proto/*_mprpc.py
+
+zookeeper-kazoo: build ## kazoo's own tests against the embedded ZooKeeper (two minutes)
+	$(BIN)/python tests/kazoo_suite.py
+
+zookeeper-differential: build ## random operations on the embedded and the real ZooKeeper (needs Debian's)
+	$(BIN)/python tests/zookeeper_differential.py --seeds 20 --operations 2000

@@ -11,6 +11,8 @@ A provider:                                        A consumer:
     provider.run()
 """
 
+from typing import TYPE_CHECKING
+
 from mprpc.channel import MprpcChannel, UnaryCall, stub
 from mprpc.config import MprpcConfig, init
 from mprpc.controller import MprpcController
@@ -37,9 +39,14 @@ from mprpc.errors import (
 from mprpc.provider import RpcProvider
 from mprpc.service import Reply, Service
 
+if TYPE_CHECKING:
+    from mprpc.aio import AsyncMprpcChannel, AsyncUnaryCall
+
 __all__ = [
     "Aborted",
     "AlreadyExists",
+    "AsyncMprpcChannel",
+    "AsyncUnaryCall",
     "Cancelled",
     "ConfigError",
     "DataLoss",
@@ -66,3 +73,12 @@ __all__ = [
     "init",
     "stub",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """asyncio's face is imported when it is used."""
+    if name in ("AsyncMprpcChannel", "AsyncUnaryCall"):
+        from mprpc import aio
+
+        return getattr(aio, name)
+    raise AttributeError(f"module 'mprpc' has no attribute {name!r}")

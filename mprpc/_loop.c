@@ -214,6 +214,7 @@ struct mprpc_loop {
     uint64_t stop_at, settled_at; /* FOREVER: not stopping */
     int draining, ending;
 
+    struct mprpc_bytes cancelled; /* tickets of detached calls that nobody waits for any more */
     struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
     size_t incident_count;
     uint64_t incidents_lost;
@@ -279,6 +280,14 @@ static void incident(struct mprpc_loop *l, int fd, int64_t reason)
     peer_name(fd, i->peer);
 }
 
+static void cancelled(struct mprpc_loop *l, uint64_t connection, uint64_t call_id)
+{
+    struct mprpc_ticket t = {connection, call_id};
+
+    if (mprpc_bytes_add(&l->cancelled, &t, sizeof t) == 0) /* else the handler runs in vain, which hurts nobody */
+        l->slow = MPRPC_TURN_SLOW;
+}
+
 /* ---- timeouts ---- */
 
 static void unlist(struct connection *c)
@@ -328,6 +337,8 @@ static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
     struct linger abort = {1, 0};
 
     unlist(c);
+    if (c->session.in_flight)
+        cancelled(l, key_of(c), 0);
     atomic_fetch_sub(&l->in_flight, c->session.in_flight);
     atomic_fetch_sub(&l->open, 1u);
     poller_remove(&l->poller, c->fd);
@@ -602,15 +613,43 @@ static void expired_at_once(struct mprpc_loop *l, struct connection *c, uint64_t
     answer(l, key_of(c), &r, NULL, 0);
 }
 
+/* A request of this turn is taken out before Python sees it; one that runs on the loop's thread is past by now, so what
+ * is left may be a detached one. */
+static void cancel(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
+{
+    uint64_t key = key_of(c);
+    uint32_t i = 0;
+
+    while (i < l->count && (l->requests[i].connection != key || l->requests[i].call_id != call_id))
+        i++;
+    if (i == l->count) {
+        if (c->session.in_flight)
+            cancelled(l, key, call_id);
+        return;
+    }
+    l->count--;
+    memmove(&l->requests[i], &l->requests[i + 1], (l->count - i) * sizeof *l->requests);
+    memmove(&l->records[i], &l->records[i + 1], (l->count - i) * sizeof *l->records);
+    mprpc_session_unaccept(&c->session);
+    atomic_fetch_sub(&l->in_flight, 1u);
+}
+
 /* Turns the session's events into requests of this turn. own: the bytes are not the arena's. */
 static void take(struct mprpc_loop *l, struct connection *c, size_t count, int own)
 {
     uint64_t key = key_of(c);
 
-    atomic_fetch_add(&l->in_flight, count);
-    atomic_fetch_add(&l->taken, count);
+    for (size_t i = 0; i < count; i++) {
+        unsigned requests = l->events[i].frame.kind == MPRPC_REQUEST;
+        atomic_fetch_add(&l->in_flight, requests);
+        atomic_fetch_add(&l->taken, requests);
+    }
     for (size_t i = 0; i < count; i++) {
         struct mprpc_event *e = &l->events[i];
+        if (e->frame.kind == MPRPC_CANCEL) {
+            cancel(l, c, e->frame.call_id);
+            continue;
+        }
         if (e->deadline && e->deadline <= l->now) {
             expired_at_once(l, c, e->frame.call_id);
             if (connection_at(l, key) != c)
@@ -1074,7 +1113,7 @@ static uint64_t patience(const struct mprpc_loop *l)
 {
     uint64_t at = due(&l->frames);
 
-    if (l->queued || l->incident_count)
+    if (l->queued || l->slow)
         return 0;
     at = due(&l->lingering) < at ? due(&l->lingering) : at;
     at = l->ending || ends_at(l) > at ? at : ends_at(l);
@@ -1119,7 +1158,7 @@ static void begin(struct mprpc_loop *l)
         mprpc_bytes_free(&l->scratch);
     l->count = 0;
     l->arena_size = 0;
-    l->slow = l->incident_count ? MPRPC_TURN_SLOW : 0;
+    l->slow = l->incident_count || l->cancelled.size ? MPRPC_TURN_SLOW : 0;
 }
 
 int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes, size_t count)
@@ -1129,7 +1168,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
     l->now = clock_ns();
     flush(l, replies, size, sizes, count);
     begin(l);
-    while (l->incident_count || !stopped(l)) {
+    while (l->slow || !stopped(l)) {
         int n = poller_wait(&l->poller, ready, patience(l));
         l->now = clock_ns();
         if (n < 0)
@@ -1138,7 +1177,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
         for (int i = 0; i < n; i++)
             serve(l, &ready[i]);
         timers(l);
-        if (l->count || l->incident_count)
+        if (l->count || l->slow)
             return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
         l->arena_size = 0;
     }
@@ -1194,6 +1233,17 @@ void mprpc_loop_detach(struct mprpc_loop *l, uint32_t i, struct mprpc_ticket *ti
     struct request *q = still_open(l, i);
 
     *ticket = q ? (struct mprpc_ticket){q->connection, q->call_id} : (struct mprpc_ticket){UINT64_MAX, 0};
+}
+
+size_t mprpc_loop_cancelled(struct mprpc_loop *l, struct mprpc_ticket *to, size_t room)
+{
+    size_t there = l->cancelled.size / sizeof *to, n = there < room ? there : room;
+
+    if (n) {
+        memcpy(to, l->cancelled.at, n * sizeof *to);
+        mprpc_bytes_drop(&l->cancelled, n * sizeof *to);
+    }
+    return n;
 }
 
 size_t mprpc_loop_incidents(struct mprpc_loop *l, struct mprpc_incident *to, uint64_t *more)
@@ -1303,6 +1353,7 @@ void mprpc_loop_free(struct mprpc_loop *l)
     free(l->loops);
     free(l->arena);
     mprpc_bytes_free(&l->scratch);
+    mprpc_bytes_free(&l->cancelled);
     pthread_mutex_destroy(&l->mutex);
     free(l);
 }

@@ -62,7 +62,7 @@ int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop *
 enum {
     MPRPC_TURN_STOPPED = -1, /* nothing left to do, for good */
     MPRPC_TURN_COUNT = 1023, /* mask: how many requests */
-    MPRPC_TURN_SLOW = 1024,  /* bit: a request is not in the turn's bytes, or there are incidents */
+    MPRPC_TURN_SLOW = 1024,  /* bit: a request is not in the turn's bytes, or there are incidents or cancelled calls */
     MPRPC_TURN_SHIFT = 11,   /* above: how many of the turn's bytes are used */
 };
 /* Loop thread only. Answers the last turn's requests i < count with sizes[i] bytes each of `replies`, one behind the
@@ -85,6 +85,9 @@ void mprpc_loop_reply(struct mprpc_loop *loop, uint32_t i, const uint8_t *payloa
 void mprpc_loop_fail(struct mprpc_loop *loop, uint32_t i, int32_t status, int not_run, const uint8_t *text,
                      size_t text_size, const uint8_t *details, size_t details_size);
 void mprpc_loop_detach(struct mprpc_loop *loop, uint32_t i, struct mprpc_ticket *ticket);
+/* The detached calls that were cancelled since the last call: copies up to `room` tickets to `to`, returns how many. A
+ * call_id of 0: all calls of that connection, which has ended. Fewer than room: that was all. */
+size_t mprpc_loop_cancelled(struct mprpc_loop *loop, struct mprpc_ticket *to, size_t room);
 /* Copies the incidents since the last call to `to` (room MPRPC_INCIDENTS_MAX), returns how many; *more: not kept. */
 size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, uint64_t *more);
 

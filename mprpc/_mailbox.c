@@ -169,18 +169,20 @@ static void expire(struct mprpc_link *k, uint64_t now)
 
 /* ---- an event loop's turn ---- */
 
-int mprpc_link_turn(struct mprpc_link *k, uint64_t *expiry)
+int mprpc_link_turn(struct mprpc_link *k, int read, uint64_t *expiry)
 {
     pthread_mutex_lock(&k->mutex);
-    if (!k->dead)
+    if (read && !k->dead)
         mprpc_link_look(k);
     if (!k->dead)
         mprpc_link_flush(k);
     expire(k, mprpc_clock());
-    int write = !k->dead && k->out.size > 0;
+    if (k->session.gone && !k->first && !k->dead)
+        mprpc_link_die(k, MPRPC_LINK_GOAWAY);
+    int told = k->dead ? -1 : k->out.size > 0;
     *expiry = k->expiry;
     pthread_mutex_unlock(&k->mutex);
-    return write;
+    return told;
 }
 
 int mprpc_link_descriptor(const struct mprpc_link *k)
@@ -307,13 +309,16 @@ void mprpc_mailbox_free(struct mprpc_mailbox *box)
 
 void mprpc_link_attach(struct mprpc_link *k, struct mprpc_mailbox *box, int owned)
 {
-    k->box = box;
-    k->owned = k->boxed = k->reading = (uint8_t)(owned != 0);
     pthread_mutex_lock(&box->links_mutex);
-    k->mailed.after = box->first;
-    if (k->mailed.after)
-        k->mailed.after->mailed.before = k;
-    box->first = k;
+    if (!k->box) {
+        k->box = box;
+        k->mailed.after = box->first;
+        if (k->mailed.after)
+            k->mailed.after->mailed.before = k;
+        box->first = k;
+        if (owned)
+            k->owned = k->boxed = k->reading = 1;
+    }
     pthread_mutex_unlock(&box->links_mutex);
 }
 

@@ -18,7 +18,7 @@ struct mprpc_mailbox;
 
 struct mprpc_mailbox *mprpc_mailbox_new(void); /* NULL without memory or descriptors */
 void mprpc_mailbox_free(struct mprpc_mailbox *box); /* no link may be attached any more */
-/* Before the link's first submitted call; for good. owned: an event loop polls the link's descriptor and calls
+/* Before the link's first submitted call; for good, and again changes nothing. owned: an event loop polls the link's descriptor and calls
  * mprpc_link_turn; else whoever is in mprpc_mailbox_wait reads while submitted calls are in flight. */
 void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int owned);
 
@@ -29,9 +29,9 @@ int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t
 /* Any thread. CANCEL to the provider, and no mail: 1; 0 when the call has ended, so that its mail comes or has come. */
 int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
 
-/* The event loop's thread: reads what is there, writes what waits, ends what has expired. 1: tell me when it can be
- * written. *expiry: when to call again at the latest, monotonic ns or UINT64_MAX. */
-int mprpc_link_turn(struct mprpc_link *link, uint64_t *expiry);
+/* The event loop's thread: writes what waits, ends what has expired, with `read` reads what is there before. 1: tell me
+ * when it can be written; -1: the link has died. *expiry: when to call again at the latest, monotonic ns or UINT64_MAX. */
+int mprpc_link_turn(struct mprpc_link *link, int read, uint64_t *expiry);
 int mprpc_link_descriptor(const struct mprpc_link *link);
 
 /* One thread at a time: reads for all attached links until there is mail, 1, or `timeout` ns have passed or it was

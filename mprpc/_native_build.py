@@ -96,6 +96,7 @@ void mprpc_loop_reply(struct mprpc_loop *loop, uint32_t i, const uint8_t *payloa
 void mprpc_loop_fail(struct mprpc_loop *loop, uint32_t i, int32_t status, int not_run, const uint8_t *text,
                      size_t text_size, const uint8_t *details, size_t details_size);
 void mprpc_loop_detach(struct mprpc_loop *loop, uint32_t i, struct mprpc_ticket *ticket);
+size_t mprpc_loop_cancelled(struct mprpc_loop *loop, struct mprpc_ticket *to, size_t room);
 size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, uint64_t *more);
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
@@ -147,7 +148,7 @@ void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int o
 int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t *names, size_t names_size,
                           const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason);
 int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
-int mprpc_link_turn(struct mprpc_link *link, uint64_t *expiry);
+int mprpc_link_turn(struct mprpc_link *link, int read, uint64_t *expiry);
 int mprpc_link_descriptor(const struct mprpc_link *link);
 int mprpc_mailbox_wait(struct mprpc_mailbox *box, uint64_t timeout);
 void mprpc_mailbox_wake(struct mprpc_mailbox *box);

@@ -297,9 +297,16 @@ static int on_server(struct mprpc_session *s, struct mprpc_event *e, uint64_t no
         return pong(s, f, out);
     if (f->kind > MPRPC_GOAWAY && f->kind <= MPRPC_KIND_ANSWERED)
         return refuse(s, f, UNIMPLEMENTED, "this provider does not know that kind of frame", out);
-    if (f->kind != MPRPC_GOAWAY && f->kind != MPRPC_CANCEL)
+    if (f->kind == MPRPC_CANCEL)
+        return 1;
+    if (f->kind != MPRPC_GOAWAY)
         s->strays++;
     return 0;
+}
+
+void mprpc_session_unaccept(struct mprpc_session *s)
+{
+    s->in_flight--;
 }
 
 int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *r, uint8_t *to)

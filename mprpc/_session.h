@@ -63,7 +63,7 @@ struct mprpc_session {
 };
 
 struct mprpc_event {
-    struct mprpc_frame frame; /* points into the bytes received; kind REQUEST, RESPONSE, PONG or GOAWAY */
+    struct mprpc_frame frame; /* points into the bytes received; kind REQUEST, CANCEL, RESPONSE, PONG or GOAWAY */
     uint64_t tag;             /* RESPONSE: the caller's */
     uint64_t deadline;        /* REQUEST: on the clock of `now`, 0 for none */
     uint32_t method;          /* REQUEST: the index given to mprpc_services_add */
@@ -84,6 +84,8 @@ int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, siz
  * details) and returns how many bytes, 0 for a classic success; MPRPC_NO_CLASSIC: reset the connection instead. Text
  * and details over their limits are cut, and left out. */
 int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *reply, uint8_t *to);
+/* Server: an accepted request needs no answer, it was cancelled before its handler started. */
+void mprpc_session_unaccept(struct mprpc_session *s);
 /* Server: GOAWAY into *out; later requests are answered UNAVAILABLE, not_run. Once. */
 int mprpc_session_drain(struct mprpc_session *s, struct mprpc_bytes *out);
 

@@ -42,11 +42,13 @@ from mprpc.service import attribute_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
     from types import TracebackType
 
+    from mprpc.futures import CallFuture, Mail
     from mprpc.registry import Endpoint, Registry, ServiceView, Snapshot
 
-__all__ = ["MprpcChannel", "UnaryCall", "stub"]
+__all__ = ["MprpcChannel", "UnaryCall", "split_address", "stub"]
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -95,7 +97,7 @@ class MprpcChannel:
         self._timeout = config.call_timeout if timeout is None else timeout
         self._address = target if isinstance(target, str) else "" if config.zookeeper_hosts else _configured(config)
         if self._address or isinstance(target, str):
-            _split(self._address)  # a bad address is told now, not at the first call
+            split_address(self._address)  # a bad address is told now, not at the first call
         self._lock = threading.Lock()
         self._closed = False
         self._registry: Registry | None = None
@@ -116,13 +118,18 @@ class MprpcChannel:
         controller: MprpcController | None,
         request: Message,
         response_class: type[Response],
-        done: Callable[[Response], object] | None = None,
-    ) -> Response:
-        """What protobuf's own generated stubs call. With `done`, that is called with the response as well."""
-        response = self.unary_call(method, response_class)(request, controller=controller)
-        if done is not None:
-            done(response)
-        return response
+        done: Callable[[Response | None], object] | None = None,
+    ) -> Response | None:
+        """What protobuf's own generated stubs call. Returns the response, or raises.
+
+        With `done` it returns None at once and calls `done(response)` later, on another thread: with None when the call
+        failed without a controller to say so.
+        """
+        call = self.unary_call(method, response_class)
+        if done is None:
+            return call(request, controller=controller)
+        call.future(request, controller=controller).add_done_callback(lambda future: done(_response_of(future)))
+        return None
 
     def wait_ready(self, timeout: float) -> None:
         """Waits until providers are connected: with discovery, one of every service that a stub was made for.
@@ -269,6 +276,18 @@ class UnaryCall(Generic[Request, Response]):
             return self._controlled(request, timeout, controller)
         return self._call(request, timeout, None)
 
+    def future(
+        self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
+    ) -> CallFuture[Response]:
+        """Starts the call and returns its future at once. Any thread.
+
+        It is a `concurrent.futures.Future`; `cancel()` tells the provider. Raises ResourceExhausted when the key
+        `max_pending` such calls of this process are in flight and none ends within this call's deadline.
+        """
+        from mprpc.futures import start_future
+
+        return start_future(self, request, timeout, controller)
+
     def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
         timeout = controller.timeout if timeout is None else timeout
         controller.reset()
@@ -281,14 +300,18 @@ class UnaryCall(Generic[Request, Response]):
 
     # ---- the hot path ----
 
-    def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
+    def _prepare(self, request: Message, timeout: float | None) -> tuple[bytes, int]:
+        """The request's bytes and the call's nanoseconds."""
         if type(request) is not self._request_class:
             raise self._wrong_request(request)
         try:
             payload = request.SerializeToString()
         except EncodeError as error:
             raise InvalidArgument(f"{self._method.full_name}: {error}", not_run=True) from None
-        nanoseconds = self._timeout_ns if timeout is None else _nanoseconds(timeout)
+        return payload, self._timeout_ns if timeout is None else _nanoseconds(timeout)
+
+    def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
+        payload, nanoseconds = self._prepare(request, timeout)
         endpoint = self._target.next()
         if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload:
             return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller)
@@ -321,9 +344,7 @@ class UnaryCall(Generic[Request, Response]):
 
     def _go_round(self, payload: bytes, deadline: int, controller: MprpcController | None) -> Response:
         """Calls the endpoints in turn, until one has taken the request."""
-        if len(payload) > self._max_payload:
-            text = f"{self._method.full_name}: the request has {len(payload)} bytes, max_payload allows"
-            raise ResourceExhausted(f"{text} {self._max_payload}", not_run=True)
+        self._check_size(payload)
         failed: RpcError | None = None
         for endpoint in self._target.all(deadline):
             if controller is not None:
@@ -335,6 +356,11 @@ class UnaryCall(Generic[Request, Response]):
                     raise
                 failed = error
         raise failed or Unavailable(f"{self._method.full_name}: {self._target.nobody()}", not_run=True)
+
+    def _check_size(self, payload: bytes) -> None:
+        if len(payload) > self._max_payload:
+            text = f"{self._method.full_name}: the request has {len(payload)} bytes, max_payload allows"
+            raise ResourceExhausted(f"{text} {self._max_payload}", not_run=True)
 
     def _may_retry(self, error: RpcError) -> bool:
         """Whether the same call may go to another endpoint: it never ran there, or may run twice."""
@@ -388,18 +414,26 @@ class UnaryCall(Generic[Request, Response]):
         return self._parsed(data)
 
     def _error(self, endpoint: _Endpoint, link: Any, call: Any, outcome: int) -> RpcError:
-        name, address = self._method.full_name, endpoint.address
         if outcome == lib.MPRPC_CALL_FAILED:
             words = bytes(ffi.buffer(call.words, call.text_size + call.details_size)) if call.words else b""
-            text = words[: call.text_size].decode(errors="replace")
-            return RpcError(call.status, text, not_run=bool(call.not_run), details=words[call.text_size :])
+            return _failure(call.status, call.not_run, words, call.text_size)
+        return self._broken(endpoint, link, outcome, call.reason, call.sent)
+
+    def _mail_error(self, endpoint: _Endpoint, link: Any, mail: Mail, data: bytes) -> RpcError:
+        _, outcome, reason, offset, text_size, details_size, status, not_run, sent = mail
+        if outcome == lib.MPRPC_CALL_FAILED:
+            return _failure(status, not_run, data[offset : offset + text_size + details_size], text_size)
+        return self._broken(endpoint, link, outcome, reason, sent)
+
+    def _broken(self, endpoint: _Endpoint, link: Any, outcome: int, reason: int, sent: int) -> RpcError:
+        name, address = self._method.full_name, endpoint.address
         if outcome == lib.MPRPC_CALL_TIMEOUT:
             return DeadlineExceeded(f"{name}: no answer from {address} within the call's deadline")
         if outcome == lib.MPRPC_CALL_FULL:
             text = f"{name}: {lib.MPRPC_CALLS_MAX} calls to {address} are in flight, or memory ran out"
             return ResourceExhausted(text, not_run=True)
         endpoint.drop(link)
-        return Unavailable(f"{name}: {address}: {_why(call.reason)}", not_run=not call.sent)
+        return Unavailable(f"{name}: {address}: {_why(reason)}", not_run=not sent)
 
     def _parsed(self, data: bytes) -> Response:
         try:
@@ -445,6 +479,7 @@ class _Endpoint:
     def __init__(self, address: str, classic: bool, config: MprpcConfig) -> None:
         self.address = address
         self.classic = classic
+        self.mailed: Any = None  # the link that takes futures
         self.link: Any = None  # read without the lock: a link that ended says so when it is used
         self._config = config
         self._lock = threading.Lock()
@@ -480,11 +515,15 @@ class _Endpoint:
         try:
             connection = self.socket(deadline)
         except Unavailable:
-            self._rest = min(max(_REST_FIRST, self._rest * 2), _REST_LONGEST)
-            self._rests_until = time.monotonic() + self._rest
+            self.rest()
             raise
         self._rest = self._rests_until = 0.0
         return connection
+
+    def rest(self) -> None:
+        """It could not be reached; longer each time."""
+        self._rest = min(max(_REST_FIRST, self._rest * 2), _REST_LONGEST)
+        self._rests_until = time.monotonic() + self._rest
 
     def socket(self, deadline: int) -> socket.socket:
         """A new connected socket; as connect()."""
@@ -493,7 +532,7 @@ class _Endpoint:
             raise self._unreachable("no connection within the call's deadline")
         connect = min(left, self._config.connect_timeout)
         try:
-            host, port = _split(self.address)
+            host, port = split_address(self.address)
             if port is None:
                 made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 made.settimeout(connect)
@@ -514,12 +553,12 @@ class _Endpoint:
         """That connection has ended; the next call makes another."""
         with self._lock:
             if self.link is link:
-                self.link = None
+                self.link = self.mailed = None
 
     def forget_forked(self) -> None:
         """In a forked child: freeing the link closes its descriptor and sends nothing."""
         self._lock = threading.Lock()
-        self.link = None
+        self.link = self.mailed = None
 
     def close(self) -> None:
         with self._lock:
@@ -610,6 +649,16 @@ class _Stub:
     """What stub() returns."""
 
 
+def _failure(status: int, not_run: int, words: bytes, text_size: int) -> RpcError:
+    """What the provider said: the text, then the details."""
+    text = words[:text_size].decode(errors="replace")
+    return RpcError(status, text, not_run=bool(not_run), details=words[text_size:])
+
+
+def _response_of(future: Future[Response]) -> Response | None:
+    return None if future.cancelled() or future.exception() else future.result()
+
+
 def _nanoseconds(timeout: float) -> int:
     return int(min(max(timeout, 0.0), _LONGEST) * _NS)
 
@@ -668,7 +717,7 @@ def _configured(config: MprpcConfig) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _split(address: str) -> tuple[str, int | None]:
+def split_address(address: str) -> tuple[str, int | None]:
     """Host and port, or path and None. Raises ValueError for what is no address."""
     if address.startswith("unix:") and len(address) > 5:
         return address[5:], None

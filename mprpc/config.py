@@ -384,6 +384,7 @@ class MprpcConfig(_Checked):
     max_payload: int = _key(64 << 20, _Size(1, 2**31 - 1), "bytes of a message (k, M, G allowed)")
     max_connections: int = _key(10000, _Whole(1, 1_000_000), "connections of a provider; one more is reset")
     max_output: int = _key(1 << 20, _Size(1, 2**31 - 1), "bytes that wait for a slow reader before it isn't read from")
+    max_pending: int = _key(10000, _Whole(1, 1_000_000), "futures of a process in flight before the next has to wait")
     classic: bool = _key(True, _Switch(), "serve callers that speak the seed's protocol")
     dialect: str = _key("auto", _Choice("auto", "framed", "classic"), "what a channel speaks: auto, framed or classic")
     classic_empty: bool = _key(False, _Switch(), "an empty answer in the seed's protocol is a response, no failure")

@@ -9,12 +9,18 @@ Most calls touch none of this, so an instance starts without an attribute of its
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mprpc.errors import RpcError, Status
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["MprpcController"]
+
+_log = logging.getLogger("mprpc.controller")
 
 
 class MprpcController:
@@ -30,6 +36,8 @@ class MprpcController:
     _not_run: bool = False
     _peer: str = ""
     _deadline: float | None = None
+    _canceled: bool = False
+    _on_cancel: tuple[Callable[[], object], ...] = ()
 
     def reset(self) -> None:
         """As new, `timeout` included."""
@@ -70,6 +78,29 @@ class MprpcController:
         deadline = self._deadline
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
+    def is_canceled(self) -> bool:
+        """Handler: whether the caller has given up, or gone away. What the handler returns then reaches nobody."""
+        return self._canceled
+
+    def notify_on_cancel(self, callback: Callable[[], object]) -> None:
+        """Handler that answers later: call `callback` once when the caller gives up, at once if it has already.
+
+        It runs on the thread of the provider's loop, or on this one, and must not block.
+        """
+        if self._canceled:
+            callback()
+        else:
+            self._on_cancel = (*self._on_cancel, callback)
+
+    def _cancel(self) -> None:
+        self._canceled = True
+        callbacks, self._on_cancel = self._on_cancel, ()
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                _log.exception("a callback of notify_on_cancel failed")
+
     def _set_error(self, error: RpcError) -> None:
         self._status, self._text, self._details, self._not_run = error.status, error.text, error.details, error.not_run
 
@@ -93,6 +124,14 @@ class MprpcController:
     def SetFailed(self, reason: str) -> None:
         """`set_failed`."""
         self.set_failed(reason)
+
+    def IsCanceled(self) -> bool:
+        """`is_canceled`."""
+        return self.is_canceled()
+
+    def NotifyOnCancel(self, callback: Callable[[], object]) -> None:
+        """`notify_on_cancel`."""
+        self.notify_on_cancel(callback)
 
     def __repr__(self) -> str:
         state: Any = f"{self._status.name}: {self._text}" if self.failed() else "OK"

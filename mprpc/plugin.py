@@ -151,7 +151,8 @@ class _Module:
         for index, service in enumerate(self._file.service):
             names = self._method_names(service)
             lines += ["", "", *self._base_class(index, service, names)]
-            lines += ["", "", *self._stub_class(service, names)]
+            lines += ["", "", *self._stub_class(service, names, "")]
+            lines += ["", "", *self._stub_class(service, names, "Async")]
         return "\n".join(lines) + "\n"
 
     def _base_class(self, index: int, service: ServiceDescriptorProto, names: Sequence[str]) -> Iterator[str]:
@@ -170,15 +171,16 @@ class _Module:
             said = f"{self._full(service)}.{method.name} is not implemented"
             yield f'        raise mprpc.RpcError(mprpc.Status.UNIMPLEMENTED, "{said}")'
 
-    def _stub_class(self, service: ServiceDescriptorProto, names: Sequence[str]) -> Iterator[str]:
-        yield f"class {service.name}_Stub:"
-        yield f'    """Calls {self._full(service)} through a channel. Any thread."""'
+    def _stub_class(self, service: ServiceDescriptorProto, names: Sequence[str], kind: str) -> Iterator[str]:
+        where = "with await, in any event loop" if kind else "in any thread"
+        yield f"class {service.name}_{kind}Stub:"
+        yield f'    """Calls {self._full(service)} through a channel, {where}."""'
         yield ""
-        yield "    def __init__(self, channel: mprpc.MprpcChannel) -> None:"
+        yield f"    def __init__(self, channel: mprpc.{kind}MprpcChannel) -> None:"
         yield f"        methods = {service.name}.DESCRIPTOR.methods_by_name"
         for method, name in zip(service.method, names, strict=True):
             request, response = self._messages[method.input_type], self._messages[method.output_type]
-            yield f"        self.{name}: mprpc.UnaryCall[{request.annotation}, {response.annotation}] = ("
+            yield f"        self.{name}: mprpc.{kind}UnaryCall[{request.annotation}, {response.annotation}] = ("
             yield f'            channel.unary_call(methods["{method.name}"], {response.expression})'
             yield "        )"
 
@@ -207,7 +209,7 @@ class _Module:
             where = f"{self._file.name}: service {service.name}"
             if not _is_plain(service.name):
                 raise _Unfit(f"{where} can't be the name of a Python class; rename it")
-            for name in (service.name, f"{service.name}_Stub"):
+            for name in (service.name, f"{service.name}_Stub", f"{service.name}_AsyncStub"):
                 if name in names:
                     raise _Unfit(f"{where} needs the name {name}, which is taken in the generated module; rename it")
                 names.add(name)

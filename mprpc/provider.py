@@ -3,7 +3,8 @@
 One thread turns one loop (`_loop.c`): a turn returns all requests that are there, this module parses them, runs their
 handlers and gives all replies to the next turn. So the interpreter's lock is let go once a turn, not once a system
 call. A handler runs on its loop's thread: it must be short, and must not call a method that its own loop serves. One
-that needs time returns a Future and resolves it from another thread.
+that needs time returns a Future and resolves it from another thread, or is `async def`: those run on an event loop of
+the provider's (`coroutines.py`).
 
 Rules: every request is answered exactly once; what a handler raises becomes its own call's error and nothing else;
 services are published before the loops start and don't change after.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
+    from mprpc.coroutines import Coroutines
     from mprpc.registry import Publication, Registry
 
     Serve = Callable[[bytes, int], bytes | None]
@@ -43,6 +45,7 @@ _log = logging.getLogger("mprpc.provider")
 
 _BACKLOG = 4096  # connections waiting to be accepted: a herd after a restart; the kernel cuts it to somaxconn
 _AT_ONCE = 65536  # bytes of a reply from which it is sent by itself, not with its turn
+_CANCELS = 64  # cancelled calls taken from C at once
 _LOG_BURST = 10  # lines a second about bad peers; more are counted in one line
 _SETTLE = 100_000_000  # ns for which consumers that only now hear of the end still find somebody who says "not run"
 _JOIN = 1.0  # seconds beyond the grace that stop() waits for a loop's thread
@@ -70,6 +73,8 @@ class RpcProvider:
         self._registry: Registry | None = None
         self._publication: Publication | None = None
         self._embedded: Any = None
+        self._coroutines: Coroutines | None = None
+        self._coroutines_lock = threading.Lock()
         self._stopped = threading.Event()
         self._wakeup: socket.socket | None = None
 
@@ -125,7 +130,10 @@ class RpcProvider:
             name = entry.name.encode()
             for service in {entry.service, entry.short_service}:
                 lib.mprpc_services_add(services, service.encode(), len(service.encode()), name, len(name), index)
-        loops = [_Loop(self._config, services, self._entries, number) for number in range(self._config.loops)]
+        loops = [
+            _Loop(self._config, services, self._entries, number, self._run_coroutines)
+            for number in range(self._config.loops)
+        ]
         handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
         if lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops)) < 0:
             raise ConfigError(f"can't listen on {self._address}: {os.strerror(ffi.errno)}")
@@ -133,6 +141,14 @@ class RpcProvider:
         self._loops = loops
         for loop in loops:
             loop.thread.start()
+
+    def _run_coroutines(self) -> Coroutines:
+        from mprpc.coroutines import Coroutines
+
+        with self._coroutines_lock:
+            if self._coroutines is None:
+                self._coroutines = Coroutines()
+            return self._coroutines
 
     def _register(self) -> None:
         from mprpc.registry import Registration, Registry, advertised_address
@@ -199,6 +215,8 @@ class RpcProvider:
         self._hurry(max(0.0, deadline - time.monotonic()))
         for loop in self._loops:
             loop.join(max(0.0, deadline - time.monotonic()) + _JOIN)
+        if self._coroutines is not None:
+            self._coroutines.stop()
         if self._registry is not None:
             self._registry.close()
         if self._embedded is not None:
@@ -275,7 +293,14 @@ class RpcProvider:
 class _Loop:
     """One loop and the thread that turns it."""
 
-    def __init__(self, config: MprpcConfig, services: Any, entries: list[MethodEntry], number: int) -> None:
+    def __init__(
+        self,
+        config: MprpcConfig,
+        services: Any,
+        entries: list[MethodEntry],
+        number: int,
+        coroutines: Callable[[], Coroutines],
+    ) -> None:
         limits = ffi.new("struct mprpc_limits *")
         limits.frame_timeout = int(config.frame_timeout * _NS)
         limits.payload_max = config.max_payload
@@ -287,6 +312,8 @@ class _Loop:
             raise ConfigError(f"no loop can be made: {os.strerror(ffi.errno)}")
         self.handle = ffi.gc(handle, lib.mprpc_loop_free)
         self.running: MprpcController | None = None
+        self._detached: dict[tuple[int, int], _ServerController] = {}
+        self._coroutines = coroutines
         self._services = services  # the loop points into it
         self._max_payload = config.max_payload
         self._controller = type("ServerController", (_ServerController,), {"_loop": self, "__slots__": ()})
@@ -317,6 +344,7 @@ class _Loop:
             sizes = ffi.NULL
             if told & _SLOW:
                 self._log_incidents()
+                self._cancel_calls()
             if count == 1 and not told & _SLOW:
                 method, at, length = unpack_first(records)
                 replies = serve[method](arena[at : at + length], 0)
@@ -396,34 +424,66 @@ class _Loop:
             _discard(response)
             self._fail(i, controller._error())
         elif callable(getattr(response, "add_done_callback", None)) and not hasattr(response, "get_loop"):
-            controller._keep()
-            ticket = ffi.new("struct mprpc_ticket *")
-            lib.mprpc_loop_detach(self.handle, i, ticket)
-            response.add_done_callback(lambda future: self._answer(ticket, entry, controller, future))
+            finish = self._detach(i, entry, controller)
+            response.add_done_callback(lambda future: finish(*_outcome(future)))
+        elif hasattr(response, "__await__"):
+            finish = self._detach(i, entry, controller)
+            self._coroutines().run(response, controller, finish)
         else:
             self._fail(i, _wrong_type(entry, response))
 
-    def _answer(self, ticket: Any, entry: MethodEntry, controller: MprpcController, future: Any) -> None:
-        """A handler's Future is resolved. Any thread."""
-        reply, error = b"", RpcError(Status.OK)
+    def _detach(
+        self, i: int, entry: MethodEntry, controller: _ServerController
+    ) -> Callable[[Any, BaseException | None], None]:
+        """Lets go of a request that is answered later, by what this returns, on any thread."""
+        controller._keep()
+        ticket = ffi.new("struct mprpc_ticket *")
+        lib.mprpc_loop_detach(self.handle, i, ticket)
+        key = ticket.connection, ticket.call_id
+        self._detached[key] = controller
+
+        def finish(response: Any, raised: BaseException | None) -> None:
+            self._detached.pop(key, None)
+            self._answer(ticket, *self._outcome_of(entry, controller, response, raised))
+
+        return finish
+
+    def _outcome_of(
+        self, entry: MethodEntry, controller: MprpcController, response: Any, raised: BaseException | None
+    ) -> tuple[RpcError, bytes]:
+        """The error of a call that was answered later, with status OK for none, and the reply's bytes."""
         try:
-            response = future.result()
+            if raised is not None:
+                return _error_of(entry, raised, None), b""
             if controller.failed():
-                error = controller._error()
-            elif type(response) is entry.response_class:
-                reply = response.SerializeToString()
-            else:
-                error = _wrong_type(entry, response)
-            if len(reply) > self._max_payload:
-                error = _too_large(len(reply), self._max_payload)
-        except BaseException as raised:
-            error = _error_of(entry, raised, None)
+                return controller._error(), b""
+            if type(response) is not entry.response_class:
+                return _wrong_type(entry, response), b""
+            reply = response.SerializeToString()
+        except BaseException as error:
+            return _error_of(entry, error, None), b""
+        if len(reply) > self._max_payload:
+            return _too_large(len(reply), self._max_payload), b""
+        return RpcError(Status.OK), reply
+
+    def _answer(self, ticket: Any, error: RpcError, reply: bytes) -> None:
         text = error.text.encode(errors="replace")
-        payload = b"" if error.status else reply
         lib.mprpc_loop_answer(
             self.handle, ticket, error.status, False, text, len(text), error.details, len(error.details),
-            payload, len(payload),
+            reply, len(reply),
         )  # fmt: skip
+
+    def _cancel_calls(self) -> None:
+        """The callers of these have given up, or gone away."""
+        tickets = ffi.new("struct mprpc_ticket[]", _CANCELS)
+        while count := lib.mprpc_loop_cancelled(self.handle, tickets, _CANCELS):
+            for ticket in tickets[0:count]:
+                whole = ticket.call_id == 0
+                keys = [key for key in list(self._detached) if key[0] == ticket.connection] if whole else []
+                for key in keys or [(ticket.connection, ticket.call_id)]:
+                    controller = self._detached.pop(key, None)
+                    if controller is not None:
+                        controller._cancel()
 
     def _log_incidents(self) -> None:
         incidents, more = ffi.new("struct mprpc_incident[]", lib.MPRPC_INCIDENTS_MAX), ffi.new("uint64_t *")
@@ -523,10 +583,17 @@ def _parses(entry: MethodEntry, arguments: bytes) -> bool:
 def _wrong_type(entry: MethodEntry, response: object) -> RpcError:
     _discard(response)
     _log.error(
-        "%s.%s returned a %s, its caller hears INTERNAL: it must return a %s or a concurrent.futures.Future of one",
+        "%s.%s returned a %s, its caller hears INTERNAL: it must return a %s, or a Future or an awaitable of one",
         entry.service, entry.name, type(response).__qualname__, entry.response_class.DESCRIPTOR.full_name,
     )  # fmt: skip
     return RpcError(Status.INTERNAL, "the handler returned no response of its method's type")
+
+
+def _outcome(future: Any) -> tuple[Any, BaseException | None]:
+    try:
+        return future.result(), None
+    except BaseException as raised:
+        return None, raised
 
 
 def _discard(response: object) -> None:

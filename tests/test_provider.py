@@ -208,15 +208,12 @@ def test_traceback_is_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None
     assert "Traceback" in caplog.text
 
 
-@pytest.mark.filterwarnings("error")
-def test_coroutine_is_refused_without_a_warning_of_pythons(caplog: pytest.LogCaptureFixture) -> None:
+def test_coroutine_is_awaited() -> None:
     async def login(request: Any, controller: Any) -> Any:
         await asyncio.sleep(0)
         return OK
 
-    assert call(login).status is Status.INTERNAL
-    gc.collect()
-    assert "returned a coroutine" in caplog.text
+    assert call(login) == OK
 
 
 def test_response_over_the_limit_fails_its_call_alone() -> None:
