@@ -175,6 +175,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
             except RpcError as error:
                 if not call._may_retry(error):
                     raise
+                call._target.failed(endpoint)
                 failed = error
         raise failed or Unavailable(f"{call._method.full_name}: {call._target.nobody()}", not_run=True)
 

@@ -206,9 +206,10 @@ class MprpcChannel:
         if self._closed:
             raise _closed()
         if self._registry is None:
+            from mprpc.probe import probe
             from mprpc.registry import Registry
 
-            self._registry = Registry.open(self._config)
+            self._registry = Registry.open(self._config, probe)
         return self._registry
 
     def _fixed(self) -> _Endpoint:
@@ -354,6 +355,7 @@ class UnaryCall(Generic[Request, Response]):
             except RpcError as error:
                 if not self._may_retry(error):
                     raise
+                self._target.failed(endpoint)
                 failed = error
         raise failed or Unavailable(f"{self._method.full_name}: {self._target.nobody()}", not_run=True)
 
@@ -580,6 +582,9 @@ class _Fixed:
     def all(self, deadline: int) -> tuple[_Endpoint, ...]:
         return (self._endpoint,)
 
+    def failed(self, endpoint: _Endpoint) -> None:
+        """There is no list to be wrong."""
+
     def nobody(self) -> str:
         return "no address"
 
@@ -613,6 +618,11 @@ class _Found:
         endpoints = self._endpoints
         start = next(self._turn) % len(endpoints) if endpoints else 0
         return tuple(sorted(endpoints[start:] + endpoints[:start], key=_Endpoint.resting))
+
+    def failed(self, endpoint: _Endpoint) -> None:
+        """A call went on to the next endpoint: does the list still hold?"""
+        if self._view is not None:
+            self._view.report_down(endpoint.address)
 
     def nobody(self) -> str:
         return "no provider is registered for this method"

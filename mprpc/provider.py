@@ -151,6 +151,7 @@ class RpcProvider:
             return self._coroutines
 
     def _register(self) -> None:
+        from mprpc.probe import probe
         from mprpc.registry import Registration, Registry, advertised_address
 
         if self._config.zookeeper == "embedded":
@@ -163,7 +164,7 @@ class RpcProvider:
         services: dict[str, list[str]] = {}
         for entry in self._entries:
             services.setdefault(entry.service, []).append(entry.name)
-        self._registry = Registry.open(self._config)
+        self._registry = Registry.open(self._config, probe)
         self._publication = self._registry.publish(
             [
                 Registration(

@@ -1020,14 +1020,16 @@ def test_connection_too_many_is_reset(caplog: pytest.LogCaptureFixture) -> None:
 
 
 DESCRIPTORS = """
-import resource, services, mprpc, logging, sys
+import resource, services, mprpc, logging, signal, sys
 logging.basicConfig(stream=sys.stderr)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # run() wants descriptors, which the crowd may have taken
 provider = mprpc.RpcProvider(mprpc.MprpcConfig())
 provider.notify_service(services.Users())
 provider.start()
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 print(provider.address, flush=True)
-provider.run()
+signal.sigwait({signal.SIGTERM})
+provider.stop()
 """
 
 
