@@ -604,6 +604,12 @@ static void flush(struct mprpc_loop *l, const uint8_t *replies, size_t size, con
 
 /* ---- input ---- */
 
+/* This turn takes no more. */
+static int crowded(const struct mprpc_loop *l)
+{
+    return l->count == MPRPC_BATCH_MAX || l->arena_size > ARENA_FULL || l->held_count == MPRPC_BATCH_MAX;
+}
+
 static void expired_at_once(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
 {
     static const char text[] = "the deadline passed before the handler started";
@@ -761,6 +767,8 @@ static void readable(struct mprpc_loop *l, struct connection *c)
         }
         at = c->in.at + before;
         room = c->in.room - before;
+        if (room > c->session.need - before + MPRPC_CHUNK) /* what comes behind it is copied for every few requests */
+            room = c->session.need - before + MPRPC_CHUNK;
     } else if (before && !c->ended) {
         memcpy(at, c->in.at, before);
         at += before;
@@ -799,7 +807,7 @@ static void queue_on(struct mprpc_loop *l)
         struct connection *c = connection_at(l, queue[i]);
         if (!c || c->ended)
             continue;
-        if (l->count == MPRPC_BATCH_MAX || l->arena_size > ARENA_FULL) {
+        if (crowded(l)) {
             queue[kept++] = queue[i];
             continue;
         }
@@ -1101,7 +1109,7 @@ static uint64_t ends_at(const struct mprpc_loop *l)
 
 static void timers(struct mprpc_loop *l)
 {
-    while (due(&l->frames) <= l->now)
+    while (!crowded(l) && due(&l->frames) <= l->now) /* else it may be we who have not read */
         broken(l, l->frames.first, MPRPC_STALLED);
     while (due(&l->lingering) <= l->now)
         destroy(l, l->lingering.first, 0);
@@ -1142,22 +1150,27 @@ static void serve(struct mprpc_loop *l, const struct ready *r)
     } else if ((c = connection_at(l, r->key))) {
         if (r->events & OUT && c->out.size > c->sent)
             writable(l, c);
-        if (r->events & IN && connection_at(l, r->key) == c && !c->waiting && !c->peer_end &&
-            l->count < MPRPC_BATCH_MAX && l->arena_size <= ARENA_FULL)
+        if (r->events & IN && connection_at(l, r->key) == c && !c->waiting && !c->peer_end && !crowded(l))
             readable(l, c);
         else if (connection_at(l, r->key) == c && c->peer_end && !(r->events & OUT))
             destroy(l, c, 0); /* both sides have ended, or it was reset */
     }
 }
 
-static void begin(struct mprpc_loop *l)
+/* No request points into what was received. */
+static void release(struct mprpc_loop *l)
 {
     while (l->held_count)
         free(l->held[--l->held_count]);
+    l->arena_size = 0;
+}
+
+static void begin(struct mprpc_loop *l)
+{
+    release(l);
     if (l->scratch.room > ARENA)
         mprpc_bytes_free(&l->scratch);
     l->count = 0;
-    l->arena_size = 0;
     l->slow = l->incident_count || l->cancelled.size ? MPRPC_TURN_SLOW : 0;
 }
 
@@ -1179,7 +1192,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
         timers(l);
         if (l->count || l->slow)
             return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
-        l->arena_size = 0;
+        release(l); /* all that came has been answered */
     }
     return MPRPC_TURN_STOPPED;
 }

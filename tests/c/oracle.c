@@ -1,0 +1,210 @@
+/* Strategy: everything that can be seen of a session is written into one log; two ways of feeding it must give the same
+ * log. The codec's results are checked against the input they point into. */
+#define _GNU_SOURCE
+#include "oracle.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "_session.h"
+
+enum { LIMIT = 100, CALLS = 40, MANY = 32 };
+
+#define MUST(property) ((property) ? (void)0 : fail(#property, __LINE__))
+
+static void fail(const char *property, int line)
+{
+    fprintf(stderr, "oracle.c:%d: does not hold: %s\n", line, property);
+    abort();
+}
+
+/* The same bytes, ending at an unmapped page. Valid until the next call. */
+static const uint8_t *at_the_end(const uint8_t *bytes, size_t size)
+{
+    static uint8_t *end;
+
+    MUST(size <= ORACLE_MAX);
+    if (!end) {
+        size_t page = (size_t)sysconf(_SC_PAGESIZE);
+        uint8_t *room = mmap(NULL, ORACLE_MAX + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        MUST(room != MAP_FAILED && mprotect(room + ORACLE_MAX, page, PROT_NONE) == 0);
+        end = room + ORACLE_MAX;
+    }
+    if (size)
+        memcpy(end - size, bytes, size);
+    return end - size;
+}
+
+/* ---- the codec ---- */
+
+static void within(const uint8_t *at, size_t size, const uint8_t *bytes, size_t all)
+{
+    MUST(size == 0 || (at >= bytes && at + size <= bytes + all));
+}
+
+static void check_frame(const struct mprpc_frame *f, const uint8_t *bytes, size_t size)
+{
+    within(f->header, f->header_size, bytes, size);
+    within(f->service, f->service_size, f->header, f->header_size);
+    within(f->method, f->method_size, f->header, f->header_size);
+    within(f->error_text, f->error_text_size, f->header, f->header_size);
+    within(f->error_details, f->error_details_size, f->header, f->header_size);
+    MUST(f->header_size <= MPRPC_HEADER_MAX && f->not_run <= 1);
+    if (f->payload) {
+        MUST(f->payload == f->header + f->header_size && f->payload_size <= LIMIT);
+        within(f->payload, f->payload_size, bytes, size);
+    } else {
+        MUST(f->payload_size > LIMIT);
+    }
+}
+
+void oracle_codec(const uint8_t *from, size_t size)
+{
+    const uint8_t *bytes = at_the_end(from, size);
+    struct mprpc_frame many[MANY], one;
+    size_t count, single, at = 0;
+    uint64_t need, need_one;
+    int64_t used = mprpc_split(bytes, size, LIMIT, many, MANY, &count, &need);
+
+    MUST(used >= MPRPC_BAD_LENGTH && used <= (int64_t)size && (used > 0) == (count > 0) && need >= MPRPC_PREFIX);
+    if (used == 0)
+        MUST(need > size && need <= (uint64_t)MPRPC_PREFIX + MPRPC_HEADER_MAX + LIMIT);
+    for (size_t i = 0; i < count; i++) {
+        check_frame(&many[i], bytes, size);
+        int64_t n = mprpc_split(bytes + at, size - at, LIMIT, &one, 1, &single, &need_one);
+        MUST(n > 0 && single == 1 && memcmp(&one, &many[i], sizeof one) == 0);
+        MUST(many[i].header == bytes + at + MPRPC_PREFIX && (many[i].payload || i + 1 == count));
+        at += (size_t)n;
+        MUST(mprpc_split(bytes, at - 1, LIMIT, many, i + 1, &single, &need_one) >= 0 && single == i);
+    }
+    MUST(used < 0 || at == (size_t)used);
+}
+
+/* ---- the session ---- */
+
+static const struct mprpc_services *services(void)
+{
+    static struct mprpc_services *made;
+
+    if (!made) {
+        made = mprpc_services_new();
+        MUST(made && mprpc_services_add(made, (const uint8_t *)"a.S", 3, (const uint8_t *)"M", 1, 0) == 0);
+        MUST(mprpc_services_add(made, (const uint8_t *)"S", 1, (const uint8_t *)"M", 1, 1) == 0);
+    }
+    return made;
+}
+
+struct driver {
+    struct mprpc_session session;
+    struct mprpc_bytes kept, out, log;
+    int64_t why;
+};
+
+static void note(struct driver *d, const void *at, size_t size)
+{
+    MUST(mprpc_bytes_add(&d->log, at, size) == 0);
+}
+
+static void note_event(struct driver *d, const struct mprpc_event *e, const uint8_t *bytes, size_t size)
+{
+    const struct mprpc_frame *f = &e->frame;
+    uint32_t numbers[] = {f->kind, f->payload_size, f->timeout_ms, f->compression, f->attempt, f->metadata_count,
+                          (uint32_t)f->status, f->not_run, f->error_text_size, f->payload != NULL};
+
+    note(d, numbers, sizeof numbers);
+    note(d, &f->call_id, sizeof f->call_id);
+    note(d, f->service, f->service_size);
+    note(d, f->method, f->method_size);
+    note(d, f->error_text, f->error_text_size);
+    note(d, f->error_details, f->error_details_size);
+    if (f->payload) {
+        within(f->payload, f->payload_size, bytes, size);
+        note(d, f->payload, f->payload_size);
+    }
+    if (f->kind == MPRPC_REQUEST) {
+        MUST(d->session.services && f->payload && e->method <= 1);
+        note(d, &e->deadline, sizeof e->deadline);
+        note(d, &e->method, sizeof e->method);
+    } else if (f->kind == MPRPC_RESPONSE) {
+        MUST(e->tag == 1000 + f->call_id);
+    } else {
+        MUST(!d->session.services && (f->kind == MPRPC_PONG || f->kind == MPRPC_GOAWAY));
+    }
+}
+
+/* The whole of what is kept, until nothing more is done with it. */
+static void turn(struct driver *d, size_t room)
+{
+    struct mprpc_event events[MANY];
+    size_t count;
+    int64_t used;
+
+    do {
+        const uint8_t *bytes = at_the_end(d->kept.at, d->kept.size);
+        used = mprpc_session_receive(&d->session, bytes, d->kept.size, 1000, events, room, &count, &d->out);
+        MUST(used <= (int64_t)d->kept.size && count <= room && (used > 0 || count == 0));
+        for (size_t i = 0; i < count; i++)
+            note_event(d, &events[i], bytes, d->kept.size);
+        if (used > 0)
+            mprpc_bytes_drop(&d->kept, (size_t)used);
+    } while (used > 0);
+    d->why = used;
+}
+
+static void feed(struct driver *d, int server, const uint8_t *bytes, size_t size, size_t fragment, size_t room)
+{
+    memset(d, 0, sizeof *d);
+    mprpc_session_init(&d->session, server ? services() : NULL, LIMIT, 1);
+    for (uint64_t i = 1; !server && i <= CALLS; i++)
+        MUST(mprpc_session_call(&d->session, 1000 + i) == i);
+    for (size_t at = 0, n; at < size && d->why == 0; at += n) {
+        n = fragment < size - at ? fragment : size - at;
+        MUST(mprpc_bytes_add(&d->kept, bytes + at, n) == 0);
+        if (d->kept.size >= d->session.need) /* as the loop does: it does not look before */
+            turn(d, room);
+    }
+    uint32_t numbers[] = {d->session.strays, d->session.in_flight, d->session.dialect, d->session.gone};
+    note(d, numbers, sizeof numbers);
+    note(d, &d->session.last_id, sizeof d->session.last_id);
+    note(d, &d->why, sizeof d->why);
+}
+
+/* What can be done with a server's session after its input: answers, and GOAWAY. */
+static void finish(struct driver *d, const uint8_t *bytes, size_t size)
+{
+    uint8_t to[MPRPC_REPLY_ROOM + ORACLE_MAX];
+    size_t text = size < ORACLE_MAX / 2 ? size : ORACLE_MAX / 2;
+
+    while (d->session.services && d->session.in_flight) {
+        struct mprpc_reply r = {.call_id = d->session.last_id, .status = 13,
+                                .text = at_the_end(bytes, text), .text_size = (uint32_t)text};
+        int64_t n = mprpc_session_reply(&d->session, &r, to);
+        MUST(n == MPRPC_NO_CLASSIC || (n > 0 && n <= MPRPC_REPLY_ROOM + MPRPC_ERROR_TEXT_MAX));
+    }
+    MUST(mprpc_session_drain(&d->session, &d->out) == 0);
+    mprpc_session_free(&d->session);
+    mprpc_bytes_free(&d->kept);
+    mprpc_bytes_free(&d->out);
+    mprpc_bytes_free(&d->log);
+}
+
+static int same(const struct mprpc_bytes *a, const struct mprpc_bytes *b)
+{
+    return a->size == b->size && (a->size == 0 || memcmp(a->at, b->at, a->size) == 0);
+}
+
+void oracle_session(const uint8_t *bytes, size_t size, size_t fragment)
+{
+    for (int server = 0; server < 2; server++) {
+        struct driver whole, parts;
+        feed(&whole, server, bytes, size, size ? size : 1, MANY);
+        feed(&parts, server, bytes, size, fragment ? fragment : 1, 1 + fragment % 5);
+        MUST(same(&whole.log, &parts.log));
+        MUST(same(&whole.out, &parts.out));
+        finish(&whole, bytes, size);
+        finish(&parts, bytes, size);
+    }
+}
