@@ -310,6 +310,7 @@ void mprpc_mailbox_free(struct mprpc_mailbox *box)
 void mprpc_link_attach(struct mprpc_link *k, struct mprpc_mailbox *box, int owned)
 {
     pthread_mutex_lock(&box->links_mutex);
+    pthread_mutex_lock(&k->mutex); /* the keeper knows it already */
     if (!k->box) {
         k->box = box;
         k->mailed.after = box->first;
@@ -319,6 +320,7 @@ void mprpc_link_attach(struct mprpc_link *k, struct mprpc_mailbox *box, int owne
         if (owned)
             k->owned = k->boxed = k->reading = 1;
     }
+    pthread_mutex_unlock(&k->mutex);
     pthread_mutex_unlock(&box->links_mutex);
 }
 

@@ -131,7 +131,7 @@ static void note_event(struct driver *d, const struct mprpc_event *e, const uint
     } else if (f->kind == MPRPC_RESPONSE) {
         MUST(e->tag == 1000 + f->call_id);
     } else {
-        MUST(!d->session.services && (f->kind == MPRPC_PONG || f->kind == MPRPC_GOAWAY));
+        MUST(d->session.services ? f->kind == MPRPC_CANCEL : f->kind == MPRPC_PONG || f->kind == MPRPC_GOAWAY);
     }
 }
 
@@ -172,12 +172,14 @@ static void feed(struct driver *d, int server, const uint8_t *bytes, size_t size
     note(d, &d->why, sizeof d->why);
 }
 
-/* What can be done with a server's session after its input: answers, and GOAWAY. */
+/* What can be done with a server's session after its input: a cancelled request, answers, GOAWAY. */
 static void finish(struct driver *d, const uint8_t *bytes, size_t size)
 {
     uint8_t to[MPRPC_REPLY_ROOM + ORACLE_MAX];
     size_t text = size < ORACLE_MAX / 2 ? size : ORACLE_MAX / 2;
 
+    if (d->session.services && d->session.in_flight > 1)
+        mprpc_session_unaccept(&d->session);
     while (d->session.services && d->session.in_flight) {
         struct mprpc_reply r = {.call_id = d->session.last_id, .status = 13,
                                 .text = at_the_end(bytes, text), .text_size = (uint32_t)text};

@@ -398,6 +398,55 @@ static void *poster(void *unused)
     return unused;
 }
 
+/* An event loop with a connection of its own: it polls the descriptor, and nobody else reads. */
+static void *owner(void *unused)
+{
+    uint8_t *payload = malloc(HEAD + LARGEST), names[64], *bytes;
+    uint64_t state = 7654321, timeout, expiry, submitted = 0, ended = 0;
+    struct mprpc_mailbox *box = mprpc_mailbox_new();
+    struct mprpc_link *k = NULL;
+    struct mprpc_mail *mail;
+    int told = 0;
+
+    MUST(payload && box);
+    for (int i = 0; i < CALLS * 2 || ended < submitted; i++) {
+        int go_on = i < CALLS * 2 && !atomic_load(&channel.done), fd = !k && go_on ? dial() : -1;
+        uint32_t method;
+        int64_t reason;
+        size_t size;
+        if (fd >= 0) {
+            MUST((k = mprpc_link_new(fd, PAYLOAD_MAX)) != NULL);
+            mprpc_link_attach(k, box, 1);
+        }
+        if (k && go_on) {
+            size = fill(payload, &state, &timeout, &method);
+            int64_t id = mprpc_link_submit(k, keys, names, names_of(names, method), payload, size, timeout, 1, &reason);
+            submitted += id > 0;
+            if (id > 0 && chance(&state, 10) == 0)
+                ended += (uint64_t)mprpc_link_cancel(k, (uint64_t)id);
+        }
+        struct pollfd p = {k ? mprpc_link_descriptor(k) : -1, (short)(POLLIN | (told ? POLLOUT : 0)), 0};
+        poll(&p, 1, go_on ? (int)chance(&state, 2) : 2);
+        told = k ? mprpc_link_turn(k, p.revents & ~POLLOUT, &expiry) : 0;
+        size_t count = mprpc_mailbox_take(box, &mail, &bytes, &size);
+        ended += count;
+        mailed += count;
+        if (told < 0 || (k && i % 300 == 299)) {
+            mprpc_link_close(k);
+            ended += mprpc_mailbox_take(box, &mail, &bytes, &size);
+            mprpc_link_free(k);
+            k = NULL;
+            told = 0;
+        }
+    }
+    MUST(ended == submitted);
+    if (k)
+        mprpc_link_free(k);
+    mprpc_mailbox_free(box);
+    free(payload);
+    return unused;
+}
+
 /* Half frames, rubbish, classic requests, resets. */
 static void *stranger(void *unused)
 {
@@ -435,7 +484,9 @@ static void on_signal(int number)
 
 static void round_of(int use_poll)
 {
-    pthread_t callers[CALLERS], posting, strange;
+    static void *(*const others[])(void *) = {poster, owner, stranger};
+    enum { OTHERS = sizeof others / sizeof *others };
+    pthread_t callers[CALLERS], other[OTHERS];
     uint64_t seeds[CALLERS], before = answered;
 
     start(use_poll);
@@ -445,7 +496,8 @@ static void round_of(int use_poll)
         seeds[i] = keys + (uint64_t)i;
         MUST(pthread_create(&callers[i], NULL, caller, &seeds[i]) == 0);
     }
-    MUST(pthread_create(&posting, NULL, poster, NULL) == 0 && pthread_create(&strange, NULL, stranger, NULL) == 0);
+    for (int i = 0; i < OTHERS; i++)
+        MUST(pthread_create(&other[i], NULL, others[i], NULL) == 0);
     for (int i = 0; answered < before + CALLERS * CALLS / 4; i++) {
         nap(1000000);
         pthread_kill(callers[i % CALLERS], SIGUSR1); /* none has been joined */
@@ -455,8 +507,8 @@ static void round_of(int use_poll)
     stop(); /* with calls in flight */
     for (int i = 0; i < CALLERS; i++)
         pthread_join(callers[i], NULL);
-    pthread_join(posting, NULL);
-    pthread_join(strange, NULL);
+    for (int i = 0; i < OTHERS; i++)
+        pthread_join(other[i], NULL);
     if (channel.now)
         bury(give_up(channel.now));
     channel.now = NULL;
