@@ -334,7 +334,13 @@ SERVED: list[tuple[str, str, list[Event], bytes, dict[str, Any]]] = [
         {"in_flight": 2},
     ),
     ("PING without call_id", "02000000 2803", [], b"", {"why": "without the call_id", "dialect": UNKNOWN}),
-    ("CANCEL for an unknown call", "04000000 2009 2802" + REQUEST_7, [request(7)], b"", {"in_flight": 1}),
+    (
+        "CANCEL, for any call: whether it is in flight is the driver's to know",
+        REQUEST_7 + "04000000 2007 2802" + "04000000 2009 2802" + REQUEST_8,
+        [request(7), Event(Frame(call_id=7, kind=2)), Event(Frame(call_id=9, kind=2)), request(8)],
+        b"",
+        {"in_flight": 2},
+    ),
     ("CANCEL without call_id", "02000000 2802", [], b"", {"why": "without the call_id", "dialect": UNKNOWN}),
     (
         "a response is never answered",
