@@ -17,14 +17,16 @@ struct batch {
 };
 
 struct mprpc_mailbox {
-    pthread_mutex_t links_mutex; /* taken before a link's mutex */
+    pthread_mutex_t links_mutex; /* taken before a link's mutex; of first and left */
     struct mprpc_link *first;
-    pthread_mutex_t mutex; /* taken after a link's mutex; of what follows */
+    int left; /* its owner has freed it: it goes with the last link */
+    pthread_mutex_t mutex; /* taken after a link's mutex; of filling, mails and called */
     struct batch filling;
-    int called; /* its thread will look again */
-    /* end */
+    size_t mails; /* calls in flight, for each of which filling has room */
+    int called;   /* its thread will look again */
     struct batch taken; /* of the thread that takes */
     int wake[2];
+    pid_t pid;
 };
 
 /* ---- mail ---- */
@@ -68,6 +70,7 @@ void mprpc_mail(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome, con
         mprpc_bytes_add(bytes, f->error_details, f->error_details_size);
     }
     mprpc_bytes_add(&box->filling.mail, &mail, sizeof mail); /* room was reserved when the call was submitted */
+    box->mails--;
     pthread_mutex_unlock(&box->mutex);
     k->mails--;
     free(c);
@@ -83,8 +86,9 @@ size_t mprpc_mailbox_take(struct mprpc_mailbox *box, struct mprpc_mail **mail, u
     if (last.bytes.room > 1 << 20)
         mprpc_bytes_free(&last.bytes); /* it was large once */
     pthread_mutex_lock(&box->mutex);
-    box->taken = box->filling;
-    box->filling = last;
+    int full = mprpc_bytes_reserve(&last.mail, box->mails * sizeof **mail); /* then the mail waits for memory */
+    box->taken = full ? last : box->filling;
+    box->filling = full ? box->filling : last;
     pthread_mutex_unlock(&box->mutex);
     *mail = (struct mprpc_mail *)(void *)box->taken.mail.at;
     *bytes = box->taken.bytes.at;
@@ -94,12 +98,38 @@ size_t mprpc_mailbox_take(struct mprpc_mailbox *box, struct mprpc_mail **mail, u
 
 /* ---- calls ---- */
 
-static int reserve_mail(struct mprpc_mailbox *box, uint32_t mails)
+/* Room for one more mail; -1 without memory. */
+static int expect(struct mprpc_mailbox *box)
 {
     pthread_mutex_lock(&box->mutex);
-    int rc = mprpc_bytes_reserve(&box->filling.mail, (mails + 1) * sizeof(struct mprpc_mail));
+    int rc = mprpc_bytes_reserve(&box->filling.mail, (box->mails + 1) * sizeof(struct mprpc_mail));
+    box->mails += rc == 0;
     pthread_mutex_unlock(&box->mutex);
     return rc;
+}
+
+static void expect_less(struct mprpc_mailbox *box)
+{
+    pthread_mutex_lock(&box->mutex);
+    box->mails--;
+    pthread_mutex_unlock(&box->mutex);
+}
+
+/* The mailbox's thread has the reading while calls that end as mail are in flight, if no caller has it. */
+static void settle(struct mprpc_link *k)
+{
+    if (k->owned || k->dead)
+        return;
+    if (k->mails && !k->reading) {
+        k->reading = k->boxed = 1;
+        mprpc_mailbox_call(k->box);
+    } else if (!k->mails && k->boxed) {
+        k->reading = k->boxed = 0;
+        k->used = mprpc_clock();
+        mprpc_link_promote(k);
+        if (k->out.size && !k->writing)
+            mprpc_keeper_call(); /* the rest of a frame whose call has ended */
+    }
 }
 
 int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *names, size_t names_size,
@@ -109,22 +139,24 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
     int64_t id = MPRPC_CALL_FULL;
 
     *reason = 0;
-    if (!c)
+    if (!c || expect(k->box)) {
+        free(c);
         return id;
+    }
     c->mail = 1;
     c->token = token;
     pthread_mutex_lock(&k->mutex);
-    if (reserve_mail(k->box, k->mails) == 0)
-        id = mprpc_link_send(k, c, names, names_size, payload, size, timeout,
-                             hold && (k->owned || k->session.in_flight));
+    uint64_t expiry = k->expiry;
+    id = mprpc_link_send(k, c, names, names_size, payload, size, timeout,
+                         hold && (k->owned || k->session.in_flight));
     if (id < 0) {
         *reason = c->reason;
         free(c);
-    } else if (!k->reading && k->mails) { /* it may have died of being sent: then its mail is there */
-        k->reading = k->boxed = 1;
-        mprpc_mailbox_call(k->box);
-    } else if (!k->owned && k->out.size) {
-        mprpc_mailbox_call(k->box);
+        expect_less(k->box);
+    } else { /* it may have died of being sent: then its mail is there */
+        settle(k);
+        if (!k->owned && (k->out.size || k->expiry < expiry))
+            mprpc_mailbox_call(k->box);
     }
     pthread_mutex_unlock(&k->mutex);
     return id;
@@ -143,8 +175,12 @@ int mprpc_link_cancel(struct mprpc_link *k, uint64_t id)
         mprpc_link_drop(k, c);
         k->mails--;
         free(c);
+        expect_less(k->box);
         if (!k->dead && mprpc_bytes_add(&k->out, frame, mprpc_put_reply(frame, &cancel)) == 0 && !k->owned)
             mprpc_link_flush(k);
+        settle(k);
+        if (!k->owned && k->out.size && k->mails)
+            mprpc_mailbox_call(k->box);
     }
     pthread_mutex_unlock(&k->mutex);
     return tag != 0;
@@ -192,7 +228,7 @@ int mprpc_link_descriptor(const struct mprpc_link *k)
 
 /* ---- the mailbox's thread ---- */
 
-/* Takes the reading where it is free and wanted; what to poll, and until when. */
+/* What to poll, and until when. Where a caller reads, the writing and the deadlines are still this thread's. */
 static size_t gather(struct mprpc_mailbox *box, struct pollfd **fds, uint64_t *until)
 {
     size_t n = 1, room = 1;
@@ -204,12 +240,12 @@ static size_t gather(struct mprpc_mailbox *box, struct pollfd **fds, uint64_t *u
     for (struct mprpc_link *k = box->first; k; k = k->mailed.after) {
         k->mailed.polled = 0;
         pthread_mutex_lock(&k->mutex);
-        if (k->mails && !k->reading && !k->dead)
-            k->reading = k->boxed = 1;
-        if (k->mails && k->boxed && !k->dead)
+        settle(k);
+        if (k->mails && !k->dead)
             mprpc_link_flush(k); /* it may die of it */
-        if (p && k->mails && k->boxed && !k->dead) {
-            p[k->mailed.polled = n++] = (struct pollfd){k->fd, (short)(POLLIN | (k->out.size ? POLLOUT : 0)), 0};
+        if (p && k->mails && !k->dead && !k->owned) {
+            short events = (short)((k->boxed ? POLLIN : 0) | (k->out.size && !k->writing ? POLLOUT : 0));
+            p[k->mailed.polled = n++] = (struct pollfd){events ? k->fd : -1, events, 0};
             *until = k->expiry < *until ? k->expiry : *until;
         }
         pthread_mutex_unlock(&k->mutex);
@@ -225,11 +261,7 @@ static void serve(struct mprpc_link *k, short events, uint64_t now)
     if (!k->dead && events & POLLOUT)
         mprpc_link_flush(k);
     expire(k, now);
-    if (k->boxed && !k->mails) {
-        k->reading = k->boxed = 0;
-        k->used = now;
-        mprpc_link_promote(k);
-    }
+    settle(k);
     pthread_mutex_unlock(&k->mutex);
 }
 
@@ -291,10 +323,11 @@ struct mprpc_mailbox *mprpc_mailbox_new(void)
     }
     pthread_mutex_init(&box->links_mutex, NULL);
     pthread_mutex_init(&box->mutex, NULL);
+    box->pid = getpid();
     return box;
 }
 
-void mprpc_mailbox_free(struct mprpc_mailbox *box)
+static void bury(struct mprpc_mailbox *box)
 {
     close(box->wake[0]);
     close(box->wake[1]);
@@ -305,6 +338,20 @@ void mprpc_mailbox_free(struct mprpc_mailbox *box)
     pthread_mutex_destroy(&box->links_mutex);
     pthread_mutex_destroy(&box->mutex);
     free(box);
+}
+
+void mprpc_mailbox_free(struct mprpc_mailbox *box)
+{
+    int alone = box->pid != getpid(); /* in a forked child, where the links are only let go */
+
+    if (!alone) {
+        pthread_mutex_lock(&box->links_mutex);
+        box->left = 1;
+        alone = !box->first;
+        pthread_mutex_unlock(&box->links_mutex);
+    }
+    if (alone)
+        bury(box);
 }
 
 void mprpc_link_attach(struct mprpc_link *k, struct mprpc_mailbox *box, int owned)
@@ -330,9 +377,17 @@ void mprpc_mailbox_detach(struct mprpc_link *k)
 
     if (!box || k->pid != getpid())
         return;
+    for (struct mprpc_call *c = k->first, *next; c; c = next) { /* nobody is left who would take their mail */
+        next = c->after;
+        free(c);
+        expect_less(box);
+    }
     pthread_mutex_lock(&box->links_mutex);
     *(k->mailed.before ? &k->mailed.before->mailed.after : &box->first) = k->mailed.after;
     if (k->mailed.after)
         k->mailed.after->mailed.before = k->mailed.before;
+    int last = box->left && !box->first;
     pthread_mutex_unlock(&box->links_mutex);
+    if (last)
+        bury(box);
 }

@@ -17,7 +17,8 @@ struct mprpc_mail {
 struct mprpc_mailbox;
 
 struct mprpc_mailbox *mprpc_mailbox_new(void); /* NULL without memory or descriptors */
-void mprpc_mailbox_free(struct mprpc_mailbox *box); /* no link may be attached any more */
+/* Nobody may wait or take any more. Links may outlive it: it goes with the last one. */
+void mprpc_mailbox_free(struct mprpc_mailbox *box);
 /* Before the link's first submitted call; for good, and again changes nothing. owned: an event loop polls the link's descriptor and calls
  * mprpc_link_turn; else whoever is in mprpc_mailbox_wait reads while submitted calls are in flight. */
 void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int owned);
