@@ -255,12 +255,14 @@ static void process(struct mprpc_link *k)
             break;
         }
         at += (size_t)used;
+        int goaway = 0;
         for (size_t i = 0; i < count; i++) {
             if (events[i].frame.kind == MPRPC_RESPONSE)
                 deliver(k, &events[i], count == 1 && at == k->in.size);
-            else if (events[i].frame.kind == MPRPC_GOAWAY)
-                gone(k);
+            goaway |= events[i].frame.kind == MPRPC_GOAWAY;
         }
+        if (goaway) /* it may refuse a call whose answer has come with it: that one has ended */
+            gone(k);
     } while (used > 0 && k->in.at);
     if (k->in.at && at) {
         k->in.size -= at;
