@@ -124,7 +124,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
     async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
         call = self._made or await self._make()
         payload, nanoseconds = call._prepare(request, timeout)
-        endpoint = call._target.next()
+        endpoint = first = call._target.next()
         hub = self._channel._hub()
         if endpoint is not None and len(payload) <= call._max_payload:
             link = hub.links.get(endpoint.address)
@@ -136,7 +136,8 @@ class AsyncUnaryCall(Generic[Request, Response]):
                 except RpcError as error:
                     if not call._may_retry(error):
                         raise
-        return await self._go_round(hub, call, payload, time.monotonic_ns() + nanoseconds, controller)
+                    first = None
+        return await self._go_round(hub, call, payload, time.monotonic_ns() + nanoseconds, controller, first)
 
     async def _make(self) -> UnaryCall[Any, Response]:
         """The blocking call that this one is the face of; making it may open the registry, which takes its time."""
@@ -156,11 +157,12 @@ class AsyncUnaryCall(Generic[Request, Response]):
         payload: bytes,
         deadline: int,
         controller: MprpcController | None,
+        first: _Endpoint | None,
     ) -> Response:
-        """Calls the endpoints in turn, until one has taken the request."""
+        """Calls the endpoints in turn, from `first` on, until one has taken the request."""
         call._check_size(payload)
         failed: RpcError | None = None
-        for endpoint in await hub.endpoints(call, deadline):
+        for endpoint in await hub.endpoints(call, deadline, first):
             if controller is not None:
                 controller._peer = endpoint.address
             try:
@@ -301,9 +303,11 @@ class _Hub:
 
     # ---- connections ----
 
-    async def endpoints(self, call: UnaryCall[Any, Any], deadline: int) -> tuple[_Endpoint, ...]:
-        if call._target.next() is not None:
-            return call._target.all(deadline)
+    async def endpoints(
+        self, call: UnaryCall[Any, Any], deadline: int, first: _Endpoint | None
+    ) -> tuple[_Endpoint, ...]:
+        if first is not None or call._target.next() is not None:
+            return call._target.all(deadline, first)
         return await self.run(call._target.all, deadline)
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
@@ -337,6 +341,7 @@ class _Hub:
         if self._closed:
             connection.close()
             raise Unavailable("the channel is closed", not_run=True)
+        endpoint.reached()
         handle = lib.mprpc_link_new(connection.detach(), self._config.max_payload)
         link = _Link(ffi.gc(handle, lib.mprpc_link_free))
         lib.mprpc_link_attach(link.handle, self._box, True)

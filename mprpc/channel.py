@@ -228,7 +228,10 @@ class MprpcChannel:
     def _endpoints_of(self, found: Sequence[Endpoint]) -> tuple[_Endpoint, ...]:
         always, never = self._dialect == "classic", self._dialect == "framed"
         with self._lock:
-            return tuple(self._endpoint(each.address, always or (each.classic and not never)) for each in found)
+            endpoints = tuple(self._endpoint(each.address, always or (each.classic and not never)) for each in found)
+        for endpoint, each in zip(endpoints, found, strict=True):
+            endpoint.registered(each.id)
+        return endpoints
 
     def _keep_only(self, snapshot: Snapshot) -> None:
         """Forgets the connections to endpoints that no service lists any more; calls in flight on them go on."""
@@ -315,7 +318,7 @@ class UnaryCall(Generic[Request, Response]):
         payload, nanoseconds = self._prepare(request, timeout)
         endpoint = self._target.next()
         if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload:
-            return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller)
+            return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller, endpoint)
         if controller is not None:
             controller._peer = endpoint.address
         try:
@@ -343,11 +346,13 @@ class UnaryCall(Generic[Request, Response]):
 
     # ---- what is not a plain response from a connection that was there ----
 
-    def _go_round(self, payload: bytes, deadline: int, controller: MprpcController | None) -> Response:
-        """Calls the endpoints in turn, until one has taken the request."""
+    def _go_round(
+        self, payload: bytes, deadline: int, controller: MprpcController | None, first: _Endpoint | None = None
+    ) -> Response:
+        """Calls the endpoints in turn, from `first` on, until one has taken the request."""
         self._check_size(payload)
         failed: RpcError | None = None
-        for endpoint in self._target.all(deadline):
+        for endpoint in self._target.all(deadline, first):
             if controller is not None:
                 controller._peer = endpoint.address
             try:
@@ -486,21 +491,35 @@ class _Endpoint:
         self._config = config
         self._lock = threading.Lock()
         self._closed = False
+        self._id = ""
+        self._failures = 0
         self._rest = 0.0
         self._rests_until = 0.0
+
+    def registered(self, identity: str) -> None:
+        """Listed under that id. Another one than before is another provider, which need not wait for the rest's end."""
+        if identity != self._id:
+            self._id = identity
+            self.reached()
 
     def resting(self) -> bool:
         """Whether it could not be reached lately: others go first."""
         return self.link is None and time.monotonic() < self._rests_until
 
     def connect(self, deadline: int) -> Any:
-        """The connection, made if there is none. Raises Unavailable, not_run, also when the deadline passes."""
+        """The connection, made if there is none. Raises Unavailable, not_run, also when the deadline passes.
+
+        Who waited while another call's attempt failed does not make one more.
+        """
+        failures = self._failures
         if not self._lock.acquire(timeout=max(0.0, (deadline - time.monotonic_ns()) / _NS)):
             raise self._unreachable("no connection within the call's deadline")
         try:
             if self._closed:
                 raise _closed()
             if self.link is None:
+                if self._failures != failures:
+                    raise self._unreachable("another call could not reach it either")
                 connection = self._reach(deadline)
                 connection.settimeout(None)
                 link = lib.mprpc_link_new(connection.fileno(), self._config.max_payload)
@@ -517,15 +536,22 @@ class _Endpoint:
         try:
             connection = self.socket(deadline)
         except Unavailable:
+            self._failures += 1
             self.rest()
             raise
-        self._rest = self._rests_until = 0.0
+        self.reached()
         return connection
 
     def rest(self) -> None:
-        """It could not be reached; longer each time."""
-        self._rest = min(max(_REST_FIRST, self._rest * 2), _REST_LONGEST)
-        self._rests_until = time.monotonic() + self._rest
+        """It could not be reached; longer each time, but once for attempts at the same time."""
+        now = time.monotonic()
+        if now >= self._rests_until:
+            self._rest = min(max(_REST_FIRST, self._rest * 2), _REST_LONGEST)
+            self._rests_until = now + self._rest
+
+    def reached(self) -> None:
+        """It could be reached, or there is a reason to think so."""
+        self._rest = self._rests_until = 0.0
 
     def socket(self, deadline: int) -> socket.socket:
         """A new connected socket; as connect()."""
@@ -579,7 +605,7 @@ class _Fixed:
     def next(self) -> _Endpoint | None:
         return self._endpoint
 
-    def all(self, deadline: int) -> tuple[_Endpoint, ...]:
+    def all(self, deadline: int, first: _Endpoint | None = None) -> tuple[_Endpoint, ...]:
         return (self._endpoint,)
 
     def failed(self, endpoint: _Endpoint) -> None:
@@ -609,14 +635,17 @@ class _Found:
             return endpoints[0]
         return endpoints[next(self._turn) % len(endpoints)] if endpoints else None
 
-    def all(self, deadline: int) -> tuple[_Endpoint, ...]:
-        """Every endpoint once, from the next in turn; waits for the first list. Raises Unavailable without one."""
+    def all(self, deadline: int, first: _Endpoint | None = None) -> tuple[_Endpoint, ...]:
+        """Every endpoint once, from `first` or else the next in turn; waits for the first list. Raises Unavailable
+        without one. `first` is whose turn it was: with another turn taken for it, one that is not connected yet would
+        be passed over again and again."""
         view = self._renew()
         if not self._endpoints:
             view.wait(max(0.0, (deadline - time.monotonic_ns()) / _NS))
             self._renew()
         endpoints = self._endpoints
-        start = next(self._turn) % len(endpoints) if endpoints else 0
+        turn = endpoints.index(first) if first in endpoints else next(self._turn)
+        start = turn % len(endpoints) if endpoints else 0
         return tuple(sorted(endpoints[start:] + endpoints[:start], key=_Endpoint.resting))
 
     def failed(self, endpoint: _Endpoint) -> None:

@@ -91,7 +91,7 @@ class _Reader:
         self._room = threading.Condition(self._lock)
         self._waiting = 0
         self._thread: threading.Thread | None = None
-        self._lanes: queue.SimpleQueue[tuple[CallFuture[Any], bytes, int] | None] = queue.SimpleQueue()
+        self._lanes: queue.SimpleQueue[tuple[CallFuture[Any], bytes, int, _Endpoint | None]] = queue.SimpleQueue()
         self._lane_count = self._lane_idle = 0
 
     # ---- any thread ----
@@ -106,7 +106,7 @@ class _Reader:
         if len(self._pending) >= limit:
             self._wait_for_room(limit, deadline)
         if link is None or endpoint is None:
-            self._make_on_lane(future, payload, deadline)
+            self._make_on_lane(future, payload, deadline, endpoint)
             return
         if endpoint.mailed is not link:
             lib.mprpc_link_attach(link, self._box, False)
@@ -200,10 +200,12 @@ class _Reader:
 
     # ---- the lanes ----
 
-    def _make_on_lane(self, future: CallFuture[Any], payload: bytes, deadline: int) -> None:
+    def _make_on_lane(
+        self, future: CallFuture[Any], payload: bytes, deadline: int, first: _Endpoint | None = None
+    ) -> None:
         future._link = None
         with self._lock:
-            self._lanes.put((future, payload, deadline))
+            self._lanes.put((future, payload, deadline, first))
             start = self._lane_idle < self._lanes.qsize() and self._lane_count < _LANES
             self._lane_count += start
         if start:
@@ -225,11 +227,11 @@ class _Reader:
             if work is not None:
                 self._make(*work)
 
-    def _make(self, future: CallFuture[Any], payload: bytes, deadline: int) -> None:
+    def _make(self, future: CallFuture[Any], payload: bytes, deadline: int, first: _Endpoint | None) -> None:
         if future.cancelled():
             return
         try:
-            future._resolve(future._call._go_round(payload, deadline, future._controller), None)
+            future._resolve(future._call._go_round(payload, deadline, future._controller, first), None)
         except BaseException as error:
             future._resolve(None, error)
 
