@@ -144,37 +144,48 @@ def is_refused(address: str) -> bool:
 
 
 class FakeProvider:
-    """Listens, and runs `script(peer)` on a thread for each connection in turn; a script's exception fails the test.
+    """Listens; the first connection is `scripts[0](peer)`'s, the second one's the next, each on a thread of its own.
 
-    Peers are closed when their script returns. `with` waits for the scripts; leaving it closes what still waits.
+    A peer is closed when its script returns. Leaving `with` waits for the scripts and raises what they raise; where the
+    test itself fails it ends their connections, so that none is waited for.
     """
 
     def __init__(self, *scripts: Callable[[Peer], object]) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(PATIENCE)
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._scripts = scripts
-        self._thread = threading.Thread(target=self._run, name="fake-provider")
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
+        self._peers: list[Peer] = []
+        self._threads = [threading.Thread(target=self._accept, name="fake-provider")]
 
-    def _run(self) -> None:
+    def _accept(self) -> None:
+        for script in self._scripts:
+            try:
+                peer = Peer(self._listener.accept()[0])
+            except OSError:
+                return  # shut down by __exit__
+            self._peers.append(peer)
+            self._threads.append(threading.Thread(target=self._run, args=(script, peer), name="fake-peer"))
+            self._threads[-1].start()
+
+    def _run(self, script: Callable[[Peer], object], peer: Peer) -> None:
         try:
-            for script in self._scripts:
-                connected, _ = self._listener.accept()
-                with Peer(connected) as peer:
-                    script(peer)
+            with peer:
+                script(peer)
         except BaseException as error:
-            self._failure = error
+            self._failures.append(error)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._threads[0].start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # a script may wait for what the test did not get to
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for peer in self._peers if kind is not None else ():
             with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(PATIENCE)
+                peer.socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE)
         self._listener.close()
-        if kind is None and self._failure is not None:
-            raise self._failure
+        if kind is None and self._failures:
+            raise self._failures[0]
