@@ -288,6 +288,52 @@ static void the_rest_of_a_frame_follows_its_callers_deadline(int others)
     close(ends[1]);
 }
 
+/* GOAWAY came in one piece with the answer to a request that it says was not taken. The call ended twice: a mail's
+ * memory was used after it was freed, and a caller's end took everybody else off the list, to wait for ever. */
+static void goaway_and_an_answer_in_one_piece(int mail)
+{
+    static const uint8_t both[] = "\x04\0\0\0\x20\x01\x28\x05" "\x08\0\0\0\x20\x02\x28\x01\x38\x0e\x60\x01";
+    static const uint8_t first[] = "\x04\0\0\0\x20\x01\x28\x01";
+    struct caller accepted, late;
+    struct mprpc_mail *mails;
+    uint8_t names[16], *bytes;
+    size_t size, n = mprpc_put_names(names, (const uint8_t *)"S", 1, (const uint8_t *)"M", 1);
+    int64_t reason;
+    int ends[2];
+
+    MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    struct mprpc_link *k = mprpc_link_new(ends[0], 64 << 20);
+    struct mprpc_mailbox *box = mprpc_mailbox_new();
+    MUST(k && box);
+    mprpc_link_attach(k, box, 0);
+    start(&accepted, k, 10, 5 * SECOND);
+    nap(50);
+    if (mail)
+        MUST(mprpc_link_submit(k, 7, names, n, names, 4, 5 * SECOND, 0, &reason) == 2);
+    else
+        start(&late, k, 10, 5 * SECOND);
+    nap(50);
+    MUST(send(ends[1], both, sizeof both - 1, 0) == sizeof both - 1);
+    nap(50);
+    if (mail)
+        MUST(send(ends[1], first, sizeof first - 1, 0) == sizeof first - 1);
+    else
+        shutdown(ends[1], SHUT_RDWR);
+    pthread_join(accepted.thread, NULL);
+    MUST(accepted.outcome == (mail ? 0 : MPRPC_CALL_BROKEN));
+    if (mail) {
+        MUST(mprpc_mailbox_wait(box, SECOND) == 1 && mprpc_mailbox_take(box, &mails, &bytes, &size) == 1);
+        MUST(mails[0].token == 7 && mails[0].outcome == MPRPC_CALL_FAILED && mails[0].not_run);
+    } else {
+        pthread_join(late.thread, NULL);
+        MUST(late.outcome == MPRPC_CALL_FAILED);
+    }
+    mprpc_link_close(k);
+    mprpc_link_free(k);
+    mprpc_mailbox_free(box);
+    close(ends[1]);
+}
+
 struct pusher {
     struct mprpc_link *link;
     int calls;
@@ -361,6 +407,10 @@ int main(int argc, char **argv)
         the_rest_of_a_frame_follows_its_callers_deadline(0);
     if (which < 0 || which == 4)
         what_is_written_is_let_go();
+    if (which < 0 || which == 5)
+        goaway_and_an_answer_in_one_piece(0);
+    if (which < 0 || which == 6)
+        goaway_and_an_answer_in_one_piece(1);
     mprpc_services_free(services);
     return 0;
 }

@@ -34,6 +34,8 @@ enum {
 };
 enum { ECHO, SLOW, FAIL, AT_ONCE, METHODS }; /* what the byte at KEY asks for; the method's index too */
 
+static const uint64_t PATIENT = 20000000000; /* ns */
+
 #define MUST(what) ((what) ? (void)0 : fail(#what, __LINE__))
 
 static void fail(const char *what, int line)
@@ -301,7 +303,7 @@ static size_t fill(uint8_t *payload, uint64_t *state, uint64_t *timeout, uint32_
     size_t size = HEAD + chance(state, sizes[chance(state, chance(state, 8) ? 3 : 7)]);
 
     *method = chance(state, METHODS + 1);
-    *timeout = chance(state, 4) ? UINT64_C(10000000000) : 500000 + chance(state, 2000000);
+    *timeout = chance(state, 4) ? PATIENT : 500000 + chance(state, 2000000);
     memset(payload, (int)(key & 0xff), size);
     memcpy(payload, &key, KEY);
     payload[KEY] = (uint8_t)*method;
@@ -309,7 +311,8 @@ static size_t fill(uint8_t *payload, uint64_t *state, uint64_t *timeout, uint32_
     return size;
 }
 
-static void check(const struct mprpc_call *c, int64_t outcome, const uint8_t *payload, size_t size, uint32_t method)
+static void check(const struct mprpc_call *c, int64_t outcome, const uint8_t *payload, size_t size, uint32_t method,
+                  uint64_t timeout)
 {
     if (outcome >= 0) {
         MUST((size_t)outcome == size && method != FAIL && method != METHODS);
@@ -322,6 +325,7 @@ static void check(const struct mprpc_call *c, int64_t outcome, const uint8_t *pa
         MUST(c->not_run && (c->status == 4 || c->status == 14 || (c->status == 12 && method == METHODS)));
         failed++;
     } else if (outcome == MPRPC_CALL_TIMEOUT) {
+        MUST(timeout < PATIENT); /* else it was forgotten: nothing here takes that long */
         timed_out++;
     } else {
         MUST(outcome == MPRPC_CALL_BROKEN && c->reason != 0);
@@ -350,7 +354,7 @@ static void *caller(void *seed)
         if (outcome == MPRPC_CALL_INTERRUPTED)
             mprpc_link_forget(s->link, c);
         else
-            check(c, outcome, payload, size, method);
+            check(c, outcome, payload, size, method, timeout);
         mprpc_call_clear(c);
         give_back(s);
     }
