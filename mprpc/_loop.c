@@ -907,8 +907,10 @@ static void post(struct mprpc_loop *l, struct task *t)
     }
     pthread_mutex_unlock(&l->mutex);
     if (closed) {
-        if (t->fd >= 0)
+        if (t->fd >= 0) {
+            atomic_fetch_sub(&l->open, 1u);
             reset(t->fd);
+        }
         free(t);
     } else if (first) {
         ssize_t n = write(l->wake[1], "", 1); /* full: it is awake anyway */

@@ -190,6 +190,35 @@ static void a_busy_loop_blames_nobody(void)
     mprpc_bytes_free(&flood.bytes);
 }
 
+/* A connection for a loop that had stopped stayed counted there, and among max_connections. */
+static void a_stopped_loop_has_no_connections(void)
+{
+    struct mprpc_limits limits = {.frame_timeout = SECOND, .payload_max = 1000, .output_max = 1000, .connections_max = 9};
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof a;
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    struct mprpc_loop *loops[] = {mprpc_loop_new(services, &limits, 0), mprpc_loop_new(services, &limits, 0)};
+    struct mprpc_loop_statistics seen;
+    uint8_t drop;
+
+    MUST(loops[0] && loops[1] && bind(listener, (struct sockaddr *)&a, sizeof a) == 0 && listen(listener, 9) == 0);
+    MUST(getsockname(listener, (struct sockaddr *)&a, &size) == 0);
+    MUST(mprpc_loop_listen(loops[0], listener, loops, 2) == 0);
+    mprpc_loop_stop(loops[1], 0, 0);
+    MUST(mprpc_loop_turn(loops[1], NULL, 0, NULL, 0) == MPRPC_TURN_STOPPED);
+    int first = dial(ntohs(a.sin_port)), second = dial(ntohs(a.sin_port)); /* one for each loop */
+    mprpc_loop_stop(loops[0], SECOND / 5, SECOND / 10);
+    MUST(mprpc_loop_turn(loops[0], NULL, 0, NULL, 0) == MPRPC_TURN_STOPPED);
+    MUST(recv(first, &drop, 1, 0) < 0 && recv(second, &drop, 1, 0) < 0); /* neither ever showed what it is: reset */
+    for (int i = 0; i < 2; i++) {
+        mprpc_loop_statistics(loops[i], &seen);
+        MUST(seen.connections == 0);
+        mprpc_loop_free(loops[i]);
+    }
+    close(first);
+    close(second);
+}
+
 /* ---- a connection whose other end is this program ---- */
 
 struct caller {
@@ -401,6 +430,8 @@ int main(int argc, char **argv)
         many_requests_expire_behind_a_large_one();
     if (which < 0 || which == 1)
         a_busy_loop_blames_nobody();
+    if (which < 0 || which == 7)
+        a_stopped_loop_has_no_connections();
     if (which < 0 || which == 2)
         the_rest_of_a_frame_follows_its_callers_deadline(1);
     if (which < 0 || which == 3)

@@ -205,7 +205,7 @@ static void stop(void)
         pthread_join(provider.answerers[i], NULL);
     for (int i = 0; i < LOOPS; i++) {
         mprpc_loop_statistics(provider.loops[i], &s);
-        MUST(s.in_flight == 0);
+        MUST(s.in_flight == 0 && s.connections == 0);
     }
     for (int i = 0; i < LOOPS; i++)
         mprpc_loop_free(provider.loops[i]);
