@@ -15,6 +15,7 @@ import pytest
 from frames import Frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mprpc._native import ffi, lib
 
 NOW = 1_000_000_000

@@ -193,7 +193,8 @@ static void a_busy_loop_blames_nobody(void)
 /* A connection for a loop that had stopped stayed counted there, and among max_connections. */
 static void a_stopped_loop_has_no_connections(void)
 {
-    struct mprpc_limits limits = {.frame_timeout = SECOND, .payload_max = 1000, .output_max = 1000, .connections_max = 9};
+    struct mprpc_limits limits = {.frame_timeout = SECOND, .payload_max = 1000, .output_max = 1000,
+                                  .connections_max = 9};
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t size = sizeof a;
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
@@ -324,7 +325,7 @@ static void goaway_and_an_answer_in_one_piece(int mail)
     static const uint8_t both[] = "\x04\0\0\0\x20\x01\x28\x05" "\x08\0\0\0\x20\x02\x28\x01\x38\x0e\x60\x01";
     static const uint8_t first[] = "\x04\0\0\0\x20\x01\x28\x01";
     struct caller accepted, late;
-    struct mprpc_mail *mails;
+    struct mprpc_mail *mails = NULL;
     uint8_t names[16], *bytes;
     size_t size, n = mprpc_put_names(names, (const uint8_t *)"S", 1, (const uint8_t *)"M", 1);
     int64_t reason;

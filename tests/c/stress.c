@@ -1,5 +1,5 @@
-/* stress ROUNDS [poll]: loops and connections under load, for the sanitizers. Two loops echo; eight threads call through
- * one connection at a time, and each answer must be its caller's own. Meanwhile calls time out, are interrupted and end
+/* stress ROUNDS [poll]: loops and connections under load, for the sanitizers. Two loops echo; eight threads call
+ * through one connection at a time, and each answer must be its caller's own. Meanwhile calls time out, are interrupted and end
  * as mail, connections are closed and made again, strangers send rubbish, and at the end of every round the loops stop
  * while calls are in flight. Request payloads: 8 bytes that no other call has, then what is asked for, then filling. */
 #define _GNU_SOURCE
@@ -293,7 +293,8 @@ static void give_back(struct shared *s)
 static size_t names_of(uint8_t *to, uint32_t method)
 {
     static const char *names[] = {"Echo", "Slow", "Fail", "AtOnce", "Nothing"};
-    return mprpc_put_names(to, (const uint8_t *)"a.S", 3, (const uint8_t *)names[method], (uint32_t)strlen(names[method]));
+    const uint8_t *name = (const uint8_t *)names[method];
+    return mprpc_put_names(to, (const uint8_t *)"a.S", 3, name, (uint32_t)strlen(names[method]));
 }
 
 static size_t fill(uint8_t *payload, uint64_t *state, uint64_t *timeout, uint32_t *method)
@@ -456,7 +457,8 @@ static void *stranger(void *unused)
 {
     static const uint8_t starts[][24] = {
         "\x0d\0\0\0\x0a\x03" "a.S\x12\x04" "Echo\x20\x01", /* half a request, its header too short */
-        "GET / HTTP/1.1\r\n", "\x16\x03\x01\x02\0", "\x0b\0\0\0\x0a\x03" "a.S\x12\x04" "Fail", "\x04\0\0\0\x20\x01\x28\x03",
+        "GET / HTTP/1.1\r\n", "\x16\x03\x01\x02\0", "\x04\0\0\0\x20\x01\x28\x03",
+        "\x0b\0\0\0\x0a\x03" "a.S\x12\x04" "Fail", /* classic */
     };
     uint64_t state = 987654321;
     uint8_t drop[512];
