@@ -1,7 +1,8 @@
 /* stress ROUNDS [poll]: loops and connections under load, for the sanitizers. Two loops echo; eight threads call
- * through one connection at a time, and each answer must be its caller's own. Meanwhile calls time out, are interrupted and end
- * as mail, connections are closed and made again, strangers send rubbish, and at the end of every round the loops stop
- * while calls are in flight. Request payloads: 8 bytes that no other call has, then what is asked for, then filling. */
+ * through one connection at a time, and each answer must be its caller's own. Meanwhile calls time out, are
+ * interrupted, cancelled, and end as mail, connections are closed and made again, strangers send rubbish, and at the
+ * end of every round the loops stop while calls are in flight. Request payloads: 8 bytes that no other call has, then
+ * what is asked for, then filling. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
