@@ -1,0 +1,38 @@
+"""`python tests/reliability RUN`: see `__init__.py`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from reliability import cycles, faults, herd, restarts
+
+RUNS = {
+    "rolling": (restarts.rolling, 200),
+    "kill": (restarts.kill, 100),
+    "faults": (faults.faults, 300),
+    "outage": (faults.outage, 90),
+    "herd": (herd.herd, 300),
+    "cycles": (cycles.cycles, 400),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tests/reliability", description="Long runs that hurt.")
+    parser.add_argument("run", choices=RUNS)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, help="how many (outage: seconds)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="end after these, whatever has been done")
+    options = parser.parse_args()
+    logging.getLogger("kazoo").setLevel(logging.CRITICAL)  # that connections are lost is no news here
+    run, count = RUNS[options.run]
+    return run(seed=options.seed, count=options.count or count, minutes=options.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
