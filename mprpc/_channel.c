@@ -166,6 +166,7 @@ static void put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head,
                      : send(k->fd, head, head_size, MSG_DONTWAIT | MSG_NOSIGNAL);
         while (n < 0 && errno == EINTR);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+            c->sent = 0; /* not a byte of it */
             mprpc_link_die(k, errno);
             return;
         }
@@ -331,6 +332,7 @@ static int read_once(struct mprpc_link *k, uint64_t left)
         return 0;
     }
     k->reading = 1;
+    k->boxed = 0;
     k->writing |= (uint8_t)write;
     if (!write)
         set_patience(k, left);
@@ -394,7 +396,7 @@ static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
             mprpc_session_forget(&k->session, c->id);
             mprpc_link_drop(k, c);
             c->outcome = MPRPC_CALL_TIMEOUT;
-        } else if (!k->reading) {
+        } else if (!k->reading || (k->boxed && !k->owned)) { /* the mailbox's thread may be busy with its mail */
             interrupted = read_once(k, c->deadline - now);
         } else if (k->out.size && !k->writing) {
             interrupted = write_once(k, c->deadline - now);
