@@ -50,3 +50,16 @@ zookeeper-kazoo: build ## kazoo's own tests against the embedded ZooKeeper (two 
 
 zookeeper-differential: build ## random operations on the embedded and the real ZooKeeper (needs Debian's)
 	$(BIN)/python tests/zookeeper_differential.py --seeds 20 --operations 2000
+
+fuzz: build ## codec and session under libFuzzer, FUZZ_SECONDS each (needs clang and libclang-rt-14-dev)
+	for target in codec session; do mkdir -p .fuzz/$$target.corpus && \
+	    clang -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Imprpc -Itests/c \
+	        tests/fuzz/fuzz_$$target.c tests/c/oracle.c mprpc/_codec.c mprpc/_session.c -o .fuzz/$$target && \
+	    .fuzz/$$target -max_total_time=$${FUZZ_SECONDS:-60} -max_len=600 -artifact_prefix=.fuzz/ \
+	        .fuzz/$$target.corpus tests/fuzz/corpus/$$target || exit 1; done
+
+bench: EXTRAS = bench
+bench: ## mprpc beside raw sockets, a hand-written loop, Thrift and gRPC: a minute, with ratios
+	$(MAKE) --no-print-directory EXTRAS=bench build
+	$(BIN)/python -m pytest tests/bench --benchmark-only
+	$(BIN)/python tests/bench --quick
