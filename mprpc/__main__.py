@@ -17,6 +17,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "registry": Command("mprpc.registry_command", "list services, instances and overrides, and set overrides"),
     "zookeeper": Command("mprpc.embedded_zookeeper.__main__", "run the embedded ZooKeeper alone"),
 }
 

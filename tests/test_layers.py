@@ -32,7 +32,7 @@ LAYERS = [
         "balance",
     },
     {"provider", "channel", "futures", "coroutines", "aio"},
-    {"workers", "testing", "__main__", "__init__"},
+    {"workers", "testing", "registry_command", "__main__", "__init__"},
 ]
 ALONE = {"embedded_zookeeper", "plugin"}
 MAY_EMBED = {"provider", "workers", "testing", "__main__"}
