@@ -39,14 +39,13 @@ from mprpc.errors import (
 from mprpc.provider import RpcProvider
 from mprpc.service import Reply, Service
 
-if TYPE_CHECKING:
-    from mprpc.aio import AsyncMprpcChannel, AsyncUnaryCall
+if TYPE_CHECKING:  # not in __all__: `from mprpc import *` must not import asyncio
+    from mprpc.aio import AsyncMprpcChannel as AsyncMprpcChannel
+    from mprpc.aio import AsyncUnaryCall as AsyncUnaryCall
 
 __all__ = [
     "Aborted",
     "AlreadyExists",
-    "AsyncMprpcChannel",
-    "AsyncUnaryCall",
     "Cancelled",
     "ConfigError",
     "DataLoss",
