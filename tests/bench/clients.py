@@ -61,7 +61,7 @@ class EpollPb(Client):
         client = epoll_pb_module(file).Client(port)
         self.login = lambda: client.login(NAME, PWD)
         self.echo = getattr(client, "echo", None) or bytes
-        self.close = getattr(client, "socket", None) and client.socket.close
+        self.close = client.socket.close if not file else lambda: None
 
 
 def epoll_pb_module(file: str = "") -> ModuleType:
@@ -152,7 +152,7 @@ class GrpcioAio(Client):
                 times[i] = clock() - start
             return times
 
-        return self.run(calls())  # type: ignore[no-any-return]
+        return self.run(calls())
 
 
 def grpc_methods(channel: Any) -> tuple[Any, Any]:
@@ -231,13 +231,16 @@ def threads(client: Client, count: int, seconds: float) -> dict[str, float]:
 
 def closed(make: Callable[[], Client], count: int) -> Callable[[float], dict[str, float]]:
     """Forks processes that each make a client of their own; what is returned lets all call for so many seconds."""
-    pairs = [socket.socketpair() for _ in range(count)]
-    for _, theirs in pairs:
+    commands: list[socket.socket] = []
+    for _ in range(count):
+        ours, theirs = socket.socketpair()
+        commands.append(ours)
         if os.fork() == 0:
+            for command in commands:  # so that the parent's end alone is left, and its death is the stream's end
+                command.close()
             follow(theirs, make())
             os._exit(0)
         theirs.close()
-    commands = [ours for ours, _ in pairs]
     for command in commands:
         command.recv(8)
 

@@ -9,7 +9,9 @@ import argparse
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import stubs
 
@@ -53,12 +55,9 @@ def mprpc(options: argparse.Namespace) -> None:
 
     provider = RpcProvider(
         MprpcConfig(
-            rpcserverip=options.address,
             rpcserverport=options.port,
             loops=options.loops,
             max_connections=20000,
-            zookeeperip=options.zookeeper.partition(":")[0],
-            **({"zookeeperport": int(options.zookeeper.partition(":")[2])} if options.zookeeper else {}),
         )
     )
     provider.notify_service(Users())
@@ -84,7 +83,7 @@ def another_service(number: int) -> object:
     return type(f"More{number}Rpc", (Service,), {"DESCRIPTOR": described, "Do": lambda self, request, _: request})()
 
 
-def login(request, context=None):  # type: ignore[no-untyped-def]
+def login(request: Any, context: Any = None) -> Any:
     import user_pb2
 
     response = user_pb2.LoginResponse(success=request.pwd != b"wrong")
@@ -93,19 +92,19 @@ def login(request, context=None):  # type: ignore[no-untyped-def]
     return response
 
 
-def echo(request, context=None):  # type: ignore[no-untyped-def]
+def echo(request: Any, context: Any = None) -> Any:
     import bench_pb2
 
     return bench_pb2.Blob(data=request.data)
 
 
-def grpc_handlers(login, echo):  # type: ignore[no-untyped-def]
+def grpc_handlers(login: Callable[..., Any], echo: Callable[..., Any]) -> tuple[Any, ...]:
     """Generic handlers: generated gRPC code would add nothing but a dependency."""
     import bench_pb2
     import grpc
     import user_pb2
 
-    def unary(handler, request, response):  # type: ignore[no-untyped-def]
+    def unary(handler: Callable[..., Any], request: Any, response: Any) -> Any:
         return grpc.unary_unary_rpc_method_handler(handler, request.FromString, response.SerializeToString)
 
     return (
@@ -131,10 +130,10 @@ def grpcio_aio(options: argparse.Namespace) -> None:
 
     import grpc
 
-    async def async_login(request, context):  # type: ignore[no-untyped-def]
+    async def async_login(request: Any, context: Any) -> Any:
         return login(request)
 
-    async def async_echo(request, context):  # type: ignore[no-untyped-def]
+    async def async_echo(request: Any, context: Any) -> Any:
         return echo(request)
 
     async def run() -> None:
@@ -180,10 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("port", type=int)
-    parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--loops", type=int, default=1)
     parser.add_argument("--services", type=int, default=0, help="services beside those that are called")
-    parser.add_argument("--zookeeper", default="")
     parser.add_argument("--busy", type=float, help="with a thread that computes, at that switch interval")
     options = parser.parse_args()
     stubs.assert_upb()

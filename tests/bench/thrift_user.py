@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import thriftpy2
-from thriftpy2.protocol import TCyBinaryProtocol, TCyBinaryProtocolFactory
-from thriftpy2.rpc import make_client, make_server
-from thriftpy2.thrift import TProcessor
-from thriftpy2.transport import TCyBufferedTransportFactory, TCyMemoryBuffer
+import thriftpy2.protocol
+import thriftpy2.rpc
+import thriftpy2.thrift
+import thriftpy2.transport
+
+protocols: Any = thriftpy2.protocol
+rpc: Any = thriftpy2.rpc
+transports: Any = thriftpy2.transport
 
 IDL = """
 struct ResultCode { 1: i32 errcode, 2: binary errmsg }
@@ -23,7 +28,7 @@ service User {
 """
 
 
-def load_idl():  # type: ignore[no-untyped-def]
+def load_idl() -> Any:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "user.thrift"
         path.write_text(IDL)
@@ -34,7 +39,7 @@ idl = load_idl()
 
 
 class User:
-    def Login(self, request):  # type: ignore[no-untyped-def]
+    def Login(self, request: Any) -> Any:
         response = idl.LoginResponse(success=request.pwd != b"wrong")
         response.result = idl.ResultCode(errcode=0, errmsg=b"ok")
         return response
@@ -44,21 +49,21 @@ class User:
 
 
 FACTORIES = {
-    "proto_factory": TCyBinaryProtocolFactory(decode_response=False),
-    "trans_factory": TCyBufferedTransportFactory(),
+    "proto_factory": protocols.TCyBinaryProtocolFactory(decode_response=False),
+    "trans_factory": transports.TCyBufferedTransportFactory(),
 }
 
 
 def serve(port: int) -> None:
-    make_server(idl.User, User(), "127.0.0.1", port, client_timeout=None, **FACTORIES).serve()
+    rpc.make_server(idl.User, User(), "127.0.0.1", port, client_timeout=None, **FACTORIES).serve()
 
 
 class Client:
     def __init__(self, port: int) -> None:
-        self.client = make_client(idl.User, "127.0.0.1", port, timeout=None, **FACTORIES)
+        self.client = rpc.make_client(idl.User, "127.0.0.1", port, timeout=None, **FACTORIES)
         self.request = idl.LoginRequest
 
-    def login(self, name: bytes, pwd: bytes):  # type: ignore[no-untyped-def]
+    def login(self, name: bytes, pwd: bytes) -> Any:
         return self.client.Login(self.request(name=name, pwd=pwd))
 
     def echo(self, data: bytes) -> bytes:
@@ -67,14 +72,17 @@ class Client:
 
 def exchange(name: bytes, pwd: bytes) -> tuple[bytes, int]:
     """A Login call's bytes, and how many its reply has."""
-    request, reply = TCyMemoryBuffer(), TCyMemoryBuffer()
-    protocol = TCyBinaryProtocol(request, decode_response=False)
+    request, reply = transports.TCyMemoryBuffer(), transports.TCyMemoryBuffer()
+    protocol = protocols.TCyBinaryProtocol(request, decode_response=False)
     protocol.write_message_begin("Login", 1, 0)
     arguments = idl.User.Login_args()
     arguments.request = idl.LoginRequest(name=name, pwd=pwd)
     arguments.write(protocol)
     protocol.write_message_end()
     bytes_sent = request.getvalue()
-    processor = TProcessor(idl.User, User())
-    processor.process(TCyBinaryProtocol(TCyMemoryBuffer(bytes_sent), decode_response=False), TCyBinaryProtocol(reply))
+    processor = thriftpy2.thrift.TProcessor(idl.User, User())
+    processor.process(
+        protocols.TCyBinaryProtocol(transports.TCyMemoryBuffer(bytes_sent), decode_response=False),
+        protocols.TCyBinaryProtocol(reply),
+    )
     return bytes_sent, len(reply.getvalue())
