@@ -896,6 +896,15 @@ refused:
     reset(fd);
 }
 
+/* With the mutex held: a loop that has stopped has closed its descriptors under it. */
+static void awaken(struct mprpc_loop *l)
+{
+    if (l->wake[1] < 0)
+        return;
+    ssize_t n = write(l->wake[1], "", 1); /* full: it is awake anyway */
+    (void)n;
+}
+
 static void post(struct mprpc_loop *l, struct task *t)
 {
     pthread_mutex_lock(&l->mutex);
@@ -904,6 +913,8 @@ static void post(struct mprpc_loop *l, struct task *t)
         t->next = NULL;
         *l->tasks_end = t;
         l->tasks_end = &t->next;
+        if (first)
+            awaken(l);
     }
     pthread_mutex_unlock(&l->mutex);
     if (closed) {
@@ -912,9 +923,6 @@ static void post(struct mprpc_loop *l, struct task *t)
             reset(t->fd);
         }
         free(t);
-    } else if (first) {
-        ssize_t n = write(l->wake[1], "", 1); /* full: it is awake anyway */
-        (void)n;
     }
 }
 
@@ -1017,9 +1025,8 @@ void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace, uint64_t settle)
     if (grace < l->grace)
         l->grace = grace;
     l->settle = settle;
+    awaken(l);
     pthread_mutex_unlock(&l->mutex);
-    ssize_t n = write(l->wake[1], "", 1);
-    (void)n;
 }
 
 static void drain_all(struct mprpc_loop *l)
@@ -1176,6 +1183,25 @@ static void begin(struct mprpc_loop *l)
     l->slow = l->incident_count || l->cancelled.size ? MPRPC_TURN_SLOW : 0;
 }
 
+static void close_if(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+/* Its descriptors go when it has stopped; its memory only when Python's collector comes upon it. */
+static void let_go(struct mprpc_loop *l)
+{
+    pthread_mutex_lock(&l->mutex);
+    close_if(&l->poller.ep);
+    close_if(&l->listener);
+    close_if(&l->spare);
+    close_if(&l->wake[0]);
+    close_if(&l->wake[1]);
+    pthread_mutex_unlock(&l->mutex);
+}
+
 int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes, size_t count)
 {
     struct ready ready[POLL_MAX];
@@ -1196,6 +1222,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
             return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
         release(l); /* all that came has been answered */
     }
+    let_go(l);
     return MPRPC_TURN_STOPPED;
 }
 
@@ -1336,12 +1363,6 @@ int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **lo
     return 0;
 }
 
-static void close_if(int fd)
-{
-    if (fd >= 0)
-        close(fd);
-}
-
 void mprpc_loop_free(struct mprpc_loop *l)
 {
     for (uint32_t i = 0; i < l->room; i++)
@@ -1349,16 +1370,12 @@ void mprpc_loop_free(struct mprpc_loop *l)
             destroy(l, l->connections[i], 0);
     for (struct task *t = l->tasks, *next; t; t = next) {
         next = t->next;
-        close_if(t->fd);
+        close_if(&t->fd);
         free(t);
     }
     while (l->held_count)
         free(l->held[--l->held_count]);
-    close_if(l->poller.ep);
-    close_if(l->listener);
-    close_if(l->spare);
-    close_if(l->wake[0]);
-    close_if(l->wake[1]);
+    let_go(l);
     free(l->poller.fds);
     free(l->poller.keys);
     free(l->connections);
