@@ -1,25 +1,40 @@
 """Providers that come, go and die under callers: short versions of the long runs, and what those runs have found."""
 
+# ruff: noqa: F811, as a test's argument has the name of the imported fixture
+
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import generated
 import pytest
+import services
 import wire
+from kazoo.client import KazooClient
+from kazoo.exceptions import NoNodeError
+from reliability import cycles, faults, restarts
+from services import LoginResponse
+from zookeeper_server import ZooKeeper, require, shared_real_zookeeper, zookeeper  # noqa: F401
 
 import mprpc.channel
+import mprpc.registry
 from mprpc import MprpcChannel, MprpcConfig, RpcProvider
 from mprpc.aio import AsyncMprpcChannel
+from mprpc.desk import Children, Exists, Read, Request
 from mprpc.embedded_zookeeper import Clock
 from mprpc.registry import Registration, Registry
 from mprpc.testing import EmbeddedZooKeeper
 
+user_pb2 = generated.module("user_pb2")
 ledger_pb2 = generated.module("ledger_pb2")
 ledger_mprpc = generated.module("ledger_mprpc")
 
@@ -41,14 +56,14 @@ class Ledger(ledger_mprpc.LedgerRpc):  # type: ignore[name-defined, misc]
 
 
 @pytest.fixture
-def zookeeper() -> Iterator[EmbeddedZooKeeper]:
+def embedded() -> Iterator[EmbeddedZooKeeper]:
     with EmbeddedZooKeeper(clock=Clock()) as server:
         yield server
 
 
 @pytest.fixture
-def config(zookeeper: EmbeddedZooKeeper) -> MprpcConfig:
-    return MprpcConfig(zookeeperip=zookeeper.hosts, session_timeout=4.0)
+def config(embedded: EmbeddedZooKeeper) -> MprpcConfig:
+    return MprpcConfig(zookeeperip=embedded.hosts, session_timeout=4.0)
 
 
 @contextmanager
@@ -204,6 +219,171 @@ def refuse(peer: wire.Peer) -> None:
     """Ends the connection without a word."""
     peer.finish()
     peer.rest()
+
+
+class SeedConsumer:
+    """As the C++ framework's: asks ZooKeeper for the method's znode, connects, sends once, receives once."""
+
+    def __init__(self, hosts: str) -> None:
+        self._zookeeper = KazooClient(hosts)
+        self._zookeeper.start(PATIENCE)
+
+    def address(self) -> str:
+        return bytes(self._zookeeper.get("/UserServiceRpc/Login")[0]).decode()
+
+    def login(self) -> bytes:
+        host, _, port = self.address().partition(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as connection:
+            connection.settimeout(PATIENCE)
+            connection.sendall(wire.SEED_LOGIN)
+            return connection.recv(1024)
+
+    def wait_for(self, address: str) -> None:
+        """Until the znode says that address."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            changed = threading.Event()
+            there = self._zookeeper.exists("/UserServiceRpc/Login", lambda event, changed=changed: changed.set())
+            with suppress(NoNodeError):  # gone meanwhile
+                if there and self.address() == address:
+                    return
+            changed.wait(deadline - time.monotonic())
+        raise AssertionError(f"{address} has not taken the znode over")
+
+    def close(self) -> None:
+        self._zookeeper.stop()
+        self._zookeeper.close()
+
+
+HOLDER = """
+import sys
+from mprpc import MprpcConfig, RpcProvider
+from services import Users
+provider = RpcProvider(MprpcConfig(zookeeperip=sys.argv[1], session_timeout=1.0))
+provider.notify_service(Users())
+provider.start()
+assert provider.wait_registered(20)
+print(provider.address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_seed_consumer_finds_us_and_whoever_takes_over_when_the_holder_is_killed(
+    zookeeper: ZooKeeper,
+) -> None:
+    answer = LoginResponse(result=user_pb2.ResultCode(errmsg=b"zhang san"), success=True).SerializeToString()
+    holder = services.start_python(HOLDER, zookeeper.hosts)
+    consumer = SeedConsumer(zookeeper.hosts)
+    try:
+        assert holder.stdout is not None
+        address = holder.stdout.readline().strip()
+        with services.serving(zookeeperip=zookeeper.hosts, session_timeout=1.0) as other:
+            assert other.wait_registered(PATIENCE)
+            assert consumer.address() == address
+            assert consumer.login() == answer
+            holder.kill()
+            consumer.wait_for(other.address)
+            assert consumer.login() == answer
+    finally:
+        holder.kill()
+        holder.communicate()
+        consumer.close()
+
+
+def test_a_provider_of_the_seed_is_called_in_its_dialect(zookeeper: ZooKeeper) -> None:
+    received: list[bytes] = []
+
+    def serve(peer: wire.Peer) -> None:
+        received.append(peer.socket.recv(65536))
+        peer.send(LoginResponse(success=True).SerializeToString())
+
+    seed = KazooClient(zookeeper.hosts)
+    seed.start(PATIENCE)
+    try:
+        with wire.FakeProvider(serve) as provider:
+            seed.create("/UserServiceRpc")
+            seed.create("/UserServiceRpc/Login", provider.address.encode(), ephemeral=True)
+            with MprpcChannel(MprpcConfig(zookeeperip=zookeeper.hosts)) as channel:
+                users = services.user_mprpc.UserServiceRpc_Stub(channel)
+                assert users.Login(services.REQUEST, timeout=PATIENCE).success
+                with pytest.raises(mprpc.Unavailable):
+                    users.Register(user_pb2.RegisterRequest(), timeout=PATIENCE)
+    finally:
+        seed.stop()
+        seed.close()
+    assert received == [wire.SEED_LOGIN]
+
+
+def test_a_herd_reads_each_list_at_most_three_times(
+    embedded: EmbeddedZooKeeper, config: MprpcConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumers, providers = 20, 5
+    reads: Counter[int] = Counter()
+    carry_out = mprpc.registry._Shell._carry_out
+
+    def counted(self: Any, action: Any) -> None:
+        if isinstance(action, Request) and isinstance(action.operation, (Children, Exists, Read)):
+            reads[id(self)] += 1
+        carry_out(self, action)
+
+    monkeypatch.setattr(mprpc.registry._Shell, "_carry_out", counted)
+    with ExitStack() as stack:
+        for port in range(8001, 8001 + providers):
+            registry = stack.enter_context(Registry(config))
+            registration = Registration("mprpc.test.LedgerRpc", ("Look", "Book"), "127.0.0.1", port)
+            assert registry.publish([registration]).wait(PATIENCE)
+        herd = [stack.enter_context(Registry(config)) for _ in range(consumers)]
+        views = [registry.follow("mprpc.test.LedgerRpc", ("Look", "Book")) for registry in herd]
+        for view in views:
+            assert len(view.wait(PATIENCE).endpoints) == providers
+        reads.clear()
+        sure = [threading.Event() for _ in views]
+        for view, event in zip(views, sure, strict=True):
+            view.on_change(lambda snapshot, event=event: event.set() if snapshot.confirmed else None)  # type: ignore[misc]
+        embedded.drop_connections()
+        assert all(event.wait(PATIENCE) for event in sure)
+        assert all(len(view.snapshot.endpoints) == providers for view in views)
+        assert max(reads[id(registry._shell)] for registry in herd) <= 3
+
+
+def test_a_provider_that_has_stopped_holds_no_descriptor(config: MprpcConfig) -> None:
+    """Its loop's four stayed until Python's collector came upon the provider, which may be never."""
+    with serving(config, 1):
+        pass
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for name in range(5):
+            with serving(config, name):
+                pass
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_rolling_restarts_fail_no_call() -> None:
+    require()
+    assert restarts.rolling(seed=1, count=6, minutes=1, rate=200, members=3) == 0
+
+
+@pytest.mark.slow
+def test_deaths_fail_only_what_is_in_flight() -> None:
+    require()
+    assert restarts.kill(seed=3, count=3, minutes=1, rate=200, members=3) == 0
+
+
+@pytest.mark.slow
+def test_faults_of_zookeeper_fail_no_call() -> None:
+    require()
+    mix = ("session expired", "connection lost", "tree deleted", "restarted at once")
+    assert faults.faults(seed=1, count=len(mix), minutes=1, rate=100, mix=dict.fromkeys(mix, 1)) == 0
+
+
+@pytest.mark.slow
+def test_cycles_leave_nothing() -> None:
+    require()
+    assert cycles.cycles(seed=1, count=16, minutes=1) == 0
 
 
 def dead_address() -> str:
