@@ -26,6 +26,7 @@ from reliability.report import Report
 STOP = 5.0  # seconds that a stop may take
 SETTLED = 10.0  # seconds in which threads that are on their way out have gone
 LOOK = 0.05
+QUIET = 0.5  # seconds without a thread's end
 EIGHTH = 8  # of 400 cycles with ZooKeeper up, 50 with it down and 50 with it black-holed
 SESSION = 4.0
 REGISTERED = 20.0
@@ -77,7 +78,7 @@ class Trial:
 @contextmanager
 def leaving_nothing(report: Report, what: str) -> Iterator[None]:
     """Threads (the kernel's count) and descriptors are as many after as before."""
-    threads, descriptors = settled(0, 0)
+    threads, descriptors = steady()
     yield
     now = settled(threads, descriptors)
     report.row(f"{what}: threads, descriptors left", f"{now[0] - threads}, {now[1] - descriptors}")
@@ -86,11 +87,24 @@ def leaving_nothing(report: Report, what: str) -> Iterator[None]:
         report.breach(f"{what}: {now} threads and descriptors instead of {(threads, descriptors)}: {names}")
 
 
+def held() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def steady() -> tuple[int, int]:
+    """How many there are once nothing more ends."""
+    last = (0, 0)
+    while (now := held()) != last:
+        last = now
+        threading.Event().wait(QUIET)
+    return now
+
+
 def settled(threads: int, descriptors: int) -> tuple[int, int]:
     """How many there are when no more than these are left, or after a while."""
     deadline = time.monotonic() + SETTLED
     while True:
-        now = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+        now = held()
         if (now[0] <= threads and now[1] <= descriptors) or time.monotonic() > deadline:
             return now
         threading.Event().wait(LOOK)

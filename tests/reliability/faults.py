@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ GIVEN_UP = 20.0  # seconds after which the run goes on, with a broken promise
 STOPPED = 3 * SESSION  # seconds of a SIGSTOP
 GHOST = 1.5 * SESSION  # seconds that a dead provider's session is kept alive
 LOOK = 0.05  # seconds between two looks at ZooKeeper
+NOTICED = 0.3  # seconds from a fault's end to the first look: before, nobody may have noticed it
 TIMEOUT = 3.0  # seconds of a call
 ROOT = f"/mprpc/{SERVICE}"
 SEED = ("/LedgerRpc/Look", "/LedgerRpc/Book")
@@ -47,10 +48,10 @@ MIX = {
 """Of 300. Those that cost a JVM's start or a session's timeout are the fewer ones."""
 
 
-def kinds(count: int, chance: random.Random) -> list[str]:
+def kinds(count: int, chance: random.Random, mix: Mapping[str, int]) -> list[str]:
     """`count` faults in the proportions of the mix, in a random order."""
-    total = sum(MIX.values())
-    chosen = [kind for kind, share in MIX.items() for _ in range(max(1, round(share * count / total)))]
+    total = sum(mix.values())
+    chosen = [kind for kind, share in mix.items() for _ in range(max(1, round(share * count / total)))]
     chance.shuffle(chosen)
     return chosen[:count]
 
@@ -96,9 +97,7 @@ class Trial:
             "died": self.let_die,
             "purged late": self.purge_late,
         }
-        ended = faults[kind]()
-        took = self.await_health(kind, ended)
-        self.healed.setdefault(kind, []).append(took)
+        self.await_health(kind, faults[kind]())
         for server in self.ensemble.servers:
             if not server.running:
                 server.launch()
@@ -133,7 +132,7 @@ class Trial:
     def cut(self) -> float:
         for _ in range(self.random.randint(1, 3)):
             for process in self.some():
-                process.order("cut")
+                process.ask("cut")
         return time.monotonic()
 
     def delete(self) -> float:
@@ -167,10 +166,10 @@ class Trial:
         member = self.random.choice(self.members)
         member.signal(signal.SIGSTOP)
         stopped = time.monotonic()
-        self.await_gone(member.address, stopped)
+        gone = self.await_gone(member.address, stopped)
+        self.excused.append((stopped, gone, member.address, False))
         self.fleet.pause(stopped + STOPPED - time.monotonic())
         member.signal(signal.SIGCONT)
-        self.excused.append((stopped, time.monotonic(), member.address, False))
         return time.monotonic()
 
     def restart_provider(self) -> float:
@@ -180,11 +179,10 @@ class Trial:
         number, _ = self.session_of(old)
         died = self._kill(old)
         new = self._replace(slot, int(old.address.rpartition(":")[2]))
-        ended = time.monotonic()
         self._registered(new)
-        self.await_health("restarted at once", ended)
+        self.await_health("restarted, old nodes still there", new.told["at"])
         self.await_no_node_of(number, died)
-        return max(ended, time.monotonic() - 0.001)
+        return time.monotonic()
 
     def let_die(self) -> float:
         """Nobody follows until it is gone everywhere."""
@@ -205,7 +203,7 @@ class Trial:
         ghost.start(PATIENCE)
         self._replace(slot, int(old.address.rpartition(":")[2]))
         ended = time.monotonic()
-        self.await_health("purged late", ended)
+        self.await_health("restarted, old session kept alive", ended)
         self.fleet.pause(ended + GHOST - time.monotonic())
         ghost.stop()
         ghost.close()
@@ -223,16 +221,17 @@ class Trial:
 
     # What must hold.
 
-    def await_health(self, kind: str, ended: float) -> float:
-        """Seconds from the fault's end until all is well."""
+    def await_health(self, kind: str, ended: float) -> None:
+        """Until all is well; notes the seconds from the fault's end."""
+        self.fleet.pause(ended + NOTICED - time.monotonic())
         missing = self.missing()
         while missing and time.monotonic() < ended + GIVEN_UP:
             self.fleet.pause(LOOK)
             missing = self.missing()
         took = time.monotonic() - ended
+        self.healed.setdefault(kind, []).append(took)
         if missing or took > HEALED:
             self.report.breach(f"{kind}: {took:.1f} s after its end: {missing or 'well, but late'}")
-        return took
 
     def missing(self) -> str:
         """What is not well; empty if all is."""
@@ -265,15 +264,17 @@ class Trial:
                 found.append((parse_instance(name, data).endpoint.address, stat.ephemeralOwner))
         return found
 
-    def await_gone(self, address: str, since: float) -> None:
-        """Until no consumer lists a provider that is gone."""
+    def await_gone(self, address: str, since: float) -> float:
+        """Until no consumer lists a provider that is gone: the time."""
         with suppress(TimeoutError):
             self.fleet.wait(
                 lambda: not any(address in caller.addresses for caller in self.fleet.callers),
                 f"{address} to be gone",
                 GIVEN_UP,
             )
-        self._gone_after(address, time.monotonic() - since)
+        now = time.monotonic()
+        self._gone_after(address, now - since)
+        return now
 
     def await_no_node_of(self, session: int, since: float) -> None:
         while any(owner == session for _, owner in self.instances()) and time.monotonic() < since + GIVEN_UP:
@@ -319,13 +320,13 @@ class Trial:
         return ""
 
 
-def faults(seed: int, count: int, minutes: float, rate: float = 500.0) -> int:
+def faults(seed: int, count: int, minutes: float, rate: float = 500.0, mix: Mapping[str, int] = MIX) -> int:
     """Mixed faults, one after the other."""
     report = Report(f"{count} faults of ZooKeeper on an ensemble of three", seed)
     with RealEnsemble() as ensemble, Fleet(zookeeperip=ensemble.hosts, session_timeout=SESSION) as fleet:
         trial = Trial(report, fleet, ensemble, rate)
         done: Counter[str] = Counter()
-        for kind in kinds(count, trial.random):
+        for kind in kinds(count, trial.random, mix):
             if report.seconds > minutes * 60:
                 break
             trial.do(kind)
@@ -334,8 +335,8 @@ def faults(seed: int, count: int, minutes: float, rate: float = 500.0) -> int:
                 report.progress(f"{done.total()} faults, {fleet.calls} calls, {len(fleet.failures)} failed")
         report.row("faults", done.total())
         trial.judge()
-        for kind in MIX:
-            report.spread(f"well again after: {kind}", trial.healed.get(kind, []))
+        for kind, took in trial.healed.items():
+            report.spread(f"well again after: {kind}", took)
         report.spread("dead and in no list after", trial.gone)
     return report.finish()
 
@@ -351,7 +352,7 @@ def outage(seed: int, count: int, minutes: float, rate: float = 500.0) -> int:
         trial.fleet.pause(min(count, minutes * 60))
         ensemble.start()
         report.progress(f"ZooKeeper is back; {fleet.calls} calls, {len(fleet.failures)} failed")
-        took = trial.await_health("outage", time.monotonic())
+        trial.await_health("outage", time.monotonic())
         trial.judge()
-        report.row("well again after", f"{took:.2f} s")
+        report.spread("well again after", trial.healed["outage"])
     return report.finish()

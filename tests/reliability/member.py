@@ -71,6 +71,7 @@ def obey(command: str, registry: Any) -> None:
     elif command == "cut":
         with suppress(OSError):  # cut already
             client._handler._socket.shutdown(socket.SHUT_RDWR)
+        say(cut=True)
 
 
 def main() -> None:
