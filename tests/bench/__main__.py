@@ -107,7 +107,7 @@ def main() -> int:
 
         PICTURE.write_text(picture.draw(told))
     now = report.ratios(told["figures"])
-    worse = report.regressions(now, report.history(HISTORY))
+    worse = report.regressions(told["figures"], report.history(HISTORY))
     for line in worse:
         print(f"WORSE  {line}")
     if options.record:

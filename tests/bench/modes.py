@@ -162,7 +162,7 @@ def idle(bench: Bench) -> None:
                     used = server.memory() - before
                     start = server.cpu()
                     time.sleep(1)
-                    bench.add(f"idle_{count}", system, bytes=used / count, cpu=(server.cpu() - start) * MICRO)
+                    bench.add(f"idle_{count}", system, bytes=used / count, resting_cpu=(server.cpu() - start) * MICRO)
 
 
 def loops(bench: Bench) -> None:

@@ -1,7 +1,6 @@
 """Figures as a table, ratios with their targets, and the history that shows when one got worse.
 
-A ratio is the median of the rounds' own ratios. `worse` is its direction: what costs is better low, what a second
-brings is better high.
+A ratio is the median of the rounds' own ratios. What a call costs is better low, what a second brings is better high.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-TOLERANCE = 0.10  # what a ratio may get worse before it is flagged: about twice what noise does to a median
+TOLERANCE = 0.10  # what a ratio may get worse before it is flagged
 BASIS = 5  # latest runs whose median is compared with
 
 TITLES = {
@@ -31,6 +30,7 @@ UNITS = {
     "cpu": "server CPU µs/call",
     "rate": "MB/s",
     "bytes": "bytes/connection",
+    "resting_cpu": "CPU µs in a second",
     "server_copies": "server's copies",
     "client_copies": "client's copies",
 }
@@ -133,16 +133,19 @@ def history(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def regressions(now: Mapping[str, float], before: list[dict[str, Any]]) -> list[str]:
-    """A line for each ratio that is over TOLERANCE worse than the median of the latest runs that have it."""
+def regressions(figures: Mapping[str, Any], before: list[dict[str, Any]]) -> list[str]:
+    """A line for each ratio that is over TOLERANCE worse than the median of the latest runs that have it.
+
+    Three quarters of the rounds must be: on a busy machine the median of a few rounds wanders further than that.
+    """
     found = []
-    good = {target.name: target.low_is_good for target in TARGETS}
-    for name, value in now.items():
-        earlier = [run["ratios"][name] for run in before if name in run["ratios"]][-BASIS:]
-        if not earlier or name not in good:
+    for target in TARGETS:
+        values = sorted(target.of(figures), reverse=not target.low_is_good)
+        earlier = [run["ratios"][target.name] for run in before if target.name in run["ratios"]][-BASIS:]
+        if not values or not earlier:
             continue
-        basis = median(earlier)
-        worse = value - basis if good[name] else basis - value
+        basis, mild = median(earlier), values[len(values) // 4]
+        worse = mild - basis if target.low_is_good else basis - mild
         if worse > TOLERANCE * abs(basis):
-            found.append(f"{name}: {number(value)}, was {number(basis)} in the latest runs")
+            found.append(f"{target.name}: {number(median(values))}, was {number(basis)} in the latest runs")
     return found

@@ -19,6 +19,10 @@ def measured(mprpc: list[float], epoll_pb: list[float]) -> dict[str, dict[str, d
     return {"latency_one_core": {"mprpc": {"p50": mprpc}, "epoll_pb": {"p50": epoll_pb}}}
 
 
+def figures_of(target: Target, ratios: list[float]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    return {target.mode: {target.system: {target.metric: ratios}, target.other: {target.metric: [1.0] * len(ratios)}}}
+
+
 def test_a_ratio_is_taken_within_its_round() -> None:
     # Rounds on a machine that was three times as slow in the second: the medians' ratio would be 0.5 by accident.
     assert LATENCY.of(measured([10, 30, 11], [20, 60, 22])) == [0.5, 0.5, 0.5]
@@ -49,16 +53,22 @@ def test_a_target_is_reached_at_its_bound(target: Target, good: float, bad: floa
 )
 def test_over_ten_percent_worse_is_flagged(target: Target, value: float, worse: bool) -> None:
     before = [{"ratios": {target.name: each}} for each in (0.97, 1.0, 1.03)]
-    found = regressions({target.name: value}, before)
+    found = regressions(figures_of(target, [value] * 4), before)
     assert bool(found) is worse
     assert all(target.name in line for line in found)
 
 
 def test_only_the_latest_runs_count() -> None:
     before = [{"ratios": {LATENCY.name: 5.0}}] * 10 + [{"ratios": {LATENCY.name: 1.0}}] * BASIS
-    assert regressions({LATENCY.name: 1.2}, before)
-    assert not regressions({LATENCY.name: 1.2}, before[:10])
-    assert not regressions({LATENCY.name: 1.2}, [])
+    now = figures_of(LATENCY, [1.2])
+    assert regressions(now, before)
+    assert not regressions(now, before[:10])
+    assert not regressions(now, [])
+
+
+@pytest.mark.parametrize(("values", "worse"), [([1.0, 1.09, 2.0, 2.0], False), ([1.0, 1.2, 1.2, 1.2], True)])
+def test_three_quarters_of_the_rounds_must_be_worse(values: list[float], worse: bool) -> None:
+    assert bool(regressions(figures_of(LATENCY, values), [{"ratios": {LATENCY.name: 1.0}}])) is worse
 
 
 def test_history_is_read_line_by_line(tmp_path: Path) -> None:
