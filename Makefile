@@ -61,5 +61,5 @@ fuzz: build ## codec and session under libFuzzer, FUZZ_SECONDS each (needs clang
 bench: EXTRAS = bench
 bench: ## mprpc beside raw sockets, a hand-written loop, Thrift and gRPC: a minute, with ratios
 	$(MAKE) --no-print-directory EXTRAS=bench build
-	$(BIN)/python -m pytest tests/bench --benchmark-only
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-columns=median,min,iqr
 	$(BIN)/python tests/bench --quick
