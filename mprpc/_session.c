@@ -11,6 +11,8 @@ enum { OK = 0, INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12,
 /* As long as the biggest payload that any configuration allows by default: a peer that sends one more is told so. */
 static const uint64_t DISCARD_MAX = 256u << 20;
 
+enum { TOLD = 2 }; /* of draining: the peer has been sent GOAWAY */
+
 static const uint32_t WHOLE_SERVICE = UINT32_MAX; /* the index of a service's own entry, under the empty method */
 
 /* An empty name is NULL, which memcpy and memcmp are not defined for. */
@@ -252,6 +254,15 @@ static int pong(struct mprpc_session *s, const struct mprpc_frame *f, struct mpr
 
 /* ---- the server's side: 1 makes an event, 0 is dealt with, below 0 ends the session ---- */
 
+/* Once. A connection that came while we drain hears it behind its first answer: until then it may be a classic one. */
+static int goaway(struct mprpc_session *s, struct mprpc_bytes *out)
+{
+    struct mprpc_reply r = {.call_id = s->last_id, .kind = MPRPC_GOAWAY};
+
+    s->draining = TOLD;
+    return put(out, &r, NULL);
+}
+
 static int request(struct mprpc_session *s, struct mprpc_event *e, uint64_t now, struct mprpc_bytes *out)
 {
     struct mprpc_frame *f = &e->frame;
@@ -265,8 +276,10 @@ static int request(struct mprpc_session *s, struct mprpc_event *e, uint64_t now,
         return MPRPC_NO_CLASSIC;
     if (dialect == MPRPC_FRAMED && f->call_id <= s->last_id)
         return MPRPC_BAD_ORDER;
-    if (s->draining)
-        return refuse(s, f, UNAVAILABLE, "the provider is shutting down", out);
+    if (s->draining) {
+        int told = refuse(s, f, UNAVAILABLE, "the provider is shutting down", out);
+        return told < 0 || s->draining == TOLD ? told : goaway(s, out);
+    }
     s->last_id = f->call_id;
     if (f->payload_size > s->payload_max)
         return refuse(s, f, RESOURCE_EXHAUSTED, "the request is larger than the provider's max_payload", out);
@@ -327,12 +340,10 @@ int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *r, uint
 
 int mprpc_session_drain(struct mprpc_session *s, struct mprpc_bytes *out)
 {
-    struct mprpc_reply r = {.call_id = s->last_id, .kind = MPRPC_GOAWAY};
-
     if (s->draining)
         return 0;
-    s->draining = 1;
-    return s->dialect == MPRPC_CLASSIC ? 0 : put(out, &r, NULL);
+    s->draining = TOLD;
+    return s->dialect == MPRPC_CLASSIC ? 0 : goaway(s, out);
 }
 
 /* ---- the client's side ---- */
