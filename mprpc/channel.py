@@ -293,9 +293,10 @@ class UnaryCall(Generic[Request, Response]):
         return start_future(self, request, timeout, controller)
 
     def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
-        timeout = controller.timeout if timeout is None else timeout
+        own = controller.timeout
+        timeout = own if timeout is None else timeout
         controller.reset()
-        controller.timeout = timeout
+        controller.timeout = own
         try:
             return self._call(request, timeout, controller)
         except RpcError as error:
