@@ -112,9 +112,10 @@ class AsyncUnaryCall(Generic[Request, Response]):
     ) -> Response:
         if controller is None:
             return await self._call(request, timeout, None)
-        timeout = controller.timeout if timeout is None else timeout
+        own = controller.timeout
+        timeout = own if timeout is None else timeout
         controller.reset()
-        controller.timeout = timeout
+        controller.timeout = own
         try:
             return await self._call(request, timeout, controller)
         except RpcError as error:
