@@ -17,11 +17,12 @@ from typing import Any
 
 from kazoo.client import KazooClient
 from kazoo.exceptions import KazooException, NoNodeError, NotEmptyError
-from zookeeper_server import RealEnsemble, RealZooKeeper, four_letters, free_ports
+from kazoo.retry import KazooRetry
 
 from mprpc.layout import parse_instance
 from reliability.fleet import PATIENCE, SERVICE, Fleet, Member, Process
 from reliability.report import Report
+from zookeeper_server import RealEnsemble, RealZooKeeper, four_letters, free_ports
 
 SESSION = 4.0  # seconds, the session's timeout
 HEALED = 4.0  # seconds from a fault's end until every live provider is listed
@@ -67,7 +68,9 @@ class Trial:
         self.healed: dict[str, list[float]] = {}
         self.gone: list[float] = []
         self.excused: list[tuple[float, float, str, bool]] = []  # from, to, address of a provider that was killed
-        self.observer = KazooClient(ensemble.hosts, timeout=10.0)
+        # kazoo's own pauses between its attempts grow to a minute, which would be measured here.
+        retry = KazooRetry(max_tries=-1, delay=0.05, max_delay=0.2)
+        self.observer = KazooClient(ensemble.hosts, timeout=10.0, connection_retry=retry)
         self.observer.start(PATIENCE)
         self.members = [fleet.start_member(port) for port in free_ports(3)]
         for member in self.members:

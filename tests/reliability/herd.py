@@ -10,10 +10,9 @@ import json
 import time
 from typing import Any
 
-from zookeeper_server import RealEnsemble
-
 from reliability.fleet import PATIENCE, Fleet, Process
 from reliability.report import Report
+from zookeeper_server import RealEnsemble
 
 MAX_READS = 3  # for each consumer and service
 PROVIDERS = 200

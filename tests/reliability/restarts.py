@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 import signal
 import time
-
-from zookeeper_server import RealZooKeeper, free_ports
+from collections.abc import Sequence
 
 from reliability.fleet import PATIENCE, Fleet, Member
 from reliability.report import Report
+from zookeeper_server import RealZooKeeper, free_ports
 
 SESSION = 4.0  # seconds, the session's timeout
 GONE = SESSION + 2.0  # seconds until a dead provider is in no list
@@ -174,14 +174,21 @@ def rolling(seed: int, count: int, minutes: float, rate: float = 1000.0, members
     return report.finish()
 
 
-def kill(seed: int, count: int, minutes: float, rate: float = 1000.0, members: int = 4) -> int:
+def kill(
+    seed: int,
+    count: int,
+    minutes: float,
+    rate: float = 1000.0,
+    members: int = 4,
+    missed: Sequence[float] = DEATHS,
+) -> int:
     """kill -9: only what was in flight and is not idempotent fails; one failed attempt takes the endpoint out."""
     report = Report(f"{count} times kill -9 of one of {members} providers", seed)
     with RealZooKeeper() as zookeeper, Fleet(zookeeperip=zookeeper.hosts, session_timeout=SESSION) as fleet:
         run = Restarts(report, fleet, members=members, rate=rate, processes=2, timeout=5.0)
         done = 0
         while done < count and report.seconds < minutes * 60:
-            run.replace(done % members, missed=run.random.choice(DEATHS), same=run.random.random() < 0.5)
+            run.replace(done % members, missed=run.random.choice(missed), same=run.random.random() < 0.5)
             done += 1
             if done % 10 == 0:
                 report.progress(f"{done} deaths, {fleet.calls} calls, {len(fleet.failures)} failed")
