@@ -25,6 +25,7 @@ import mprpc.registry
 import services
 import wire
 from mprpc import MprpcChannel, MprpcConfig, RpcProvider
+from mprpc._native import lib
 from mprpc.aio import AsyncMprpcChannel
 from mprpc.desk import Children, Exists, Read, Request
 from mprpc.embedded_zookeeper import Clock
@@ -213,6 +214,19 @@ def test_goaway_and_the_refusals_behind_it_come_together() -> None:
         assert futures[0].result(PATIENCE).number == 1
         for each in futures[1:]:
             assert isinstance(each.exception(PATIENCE), mprpc.Unavailable)
+
+
+def test_a_call_of_which_nothing_could_be_written_never_ran() -> None:
+    """It was taken for one that may have run, so that it failed where another provider would have answered."""
+    names = mprpc.channel._names("mprpc.test.LedgerRpc", "Book")
+    for _ in range(20):  # a connection that was used within a millisecond is written to without a look
+        ours, peers = socket.socketpair()
+        peers.close()
+        call, _ = mprpc.channel._new_slot()
+        link = lib.mprpc_link_new(ours.detach(), 1000)
+        outcome = lib.mprpc_link_call(link, call, names, len(names), b"", 0, 1_000_000_000)
+        assert (outcome, call.sent) == (lib.MPRPC_CALL_BROKEN, 0)
+        lib.mprpc_link_free(link)
 
 
 def refuse(peer: wire.Peer) -> None:
