@@ -640,6 +640,10 @@ def test_stop_serves_new_connections_not_run_while_it_drains() -> None:
             late.send(wire.login(1))
             header, _ = late.frame()
             assert (header.status, header.not_run) == (Status.UNAVAILABLE, True)
+            header, _ = late.frame()  # so that whoever calls next knows that it never ran
+            assert (header.kind, header.call_id) == (wire.rpcheader_pb2.GOAWAY, 0)
+            late.send(wire.login(2))
+            assert late.frame()[0].not_run
         slow.futures[0].set_result(OK)
         stopping.join(wire.PATIENCE)
         assert peer.frame()[0].call_id == 1
