@@ -6,13 +6,21 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from reliability import cycles, faults, herd, restarts
 
-RUNS = {
+
+class Run(Protocol):
+    """What each of them takes: the exit code comes back."""
+
+    def __call__(self, *, seed: int, count: int, minutes: float) -> int: ...
+
+
+RUNS: dict[str, tuple[Run, int]] = {
     "rolling": (restarts.rolling, 200),
     "kill": (restarts.kill, 100),
     "faults": (faults.faults, 300),

@@ -29,7 +29,7 @@ REGISTERED_SECONDS = 600.0
 NUMBER = struct.Struct("<Q")
 
 
-class Ledger(ledger_mprpc.LedgerRpc):  # type: ignore[misc]
+class Ledger(ledger_mprpc.LedgerRpc):
     """Answers at once, or later as it is told to."""
 
     def __init__(self, booked: int) -> None:
