@@ -643,18 +643,17 @@ def test_signal_whose_handler_returns_does_not_end_the_call() -> None:
 
             def interrupt() -> None:
                 slow.wait()
-                for count in range(1, 4):
+                deadline = time.monotonic() + wire.PATIENCE
+                while len(signals) < 3 and time.monotonic() < deadline:
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
-                    deadline = time.monotonic() + wire.PATIENCE
-                    while len(signals) < count and time.monotonic() < deadline:
-                        threading.Event().wait(0.001)
+                    threading.Event().wait(0.01)
                 slow.resolve()
 
             thread = threading.Thread(target=interrupt)
             thread.start()
             assert users.Login(LoginRequest(name=b"slow one"), timeout=60.0).result.errmsg == b"slow one"
             thread.join()
-            assert len(signals) == 3
+            assert len(signals) >= 3
     finally:
         signal.signal(signal.SIGUSR1, before)
 

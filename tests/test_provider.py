@@ -19,17 +19,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import generated
 import pytest
-import services
-import wire
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
+
+import generated
+import mprpc
+import services
+import wire
+from mprpc import ConfigError, MprpcConfig, NotFound, RpcError, RpcProvider, Status
 from mprpc._native import ffi, lib
 from services import REQUEST, LoginRequest, LoginResponse, Users
-
-import mprpc
-from mprpc import ConfigError, MprpcConfig, NotFound, RpcError, RpcProvider, Status
 
 user_pb2 = generated.module("user_pb2")
 friend_mprpc = generated.module("friend_mprpc")
@@ -1122,12 +1122,12 @@ def test_slow_loris_does_not_get_longer_by_a_byte_now_and_then() -> None:
 
 def test_large_frame_that_makes_progress_is_waited_for() -> None:
     data = wire.login(1, b"x" * 400_000)
-    with services.serving(frame_timeout=0.2) as provider, wire.connect(provider.address) as peer:
+    with services.serving(frame_timeout=0.5) as provider, wire.connect(provider.address) as peer:
         before = time.monotonic()
-        for at in range(0, len(data), 40_000):
-            peer.send(data[at : at + 40_000])
-            threading.Event().wait(0.05)  # a slow line, not synchronisation
-        assert time.monotonic() - before > 0.4
+        for at in range(0, len(data), 20_000):
+            peer.send(data[at : at + 20_000])
+            threading.Event().wait(0.03)  # a slow line, not synchronisation
+        assert time.monotonic() - before > 0.5
         assert len(peer.frame()[1]) > 400_000
 
 
