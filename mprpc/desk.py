@@ -283,6 +283,7 @@ class Desk:
         self._token = 0
         self._epoch = 0
         self._asked: dict[int, tuple[Callable[[Answer], None], float]] = {}
+        self._answered = float("-inf")
 
     @property
     def utc(self) -> float:
@@ -314,6 +315,7 @@ class Desk:
             call()
 
     def answer(self, answer: Answer) -> None:
+        self._answered = self.now
         then, _ = self._asked.pop(answer.token, (None, 0.0))
         if then is not None:
             then(answer)
@@ -344,7 +346,8 @@ class Desk:
 
     @property
     def oldest_question(self) -> float | None:
-        return next(iter(self._asked.values()))[1] if self._asked else None
+        """Since when nothing has been heard of the oldest question; an answer to an earlier one is a sign of life."""
+        return max(next(iter(self._asked.values()))[1], self._answered) if self._asked else None
 
     def take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []

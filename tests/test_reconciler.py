@@ -6,14 +6,17 @@ import json
 import random
 
 import pytest
-from discovery_simulator import LOGIN, METHODS, PATH, SERVICE, SESSION_TIMEOUT, Process, World
 
+from discovery_simulator import LOGIN, METHODS, PATH, SERVICE, SESSION_TIMEOUT, Process, World
 from mprpc import directory, reconciler, registrar
 from mprpc.desk import (
+    Answer,
     Children,
+    Connected,
     Create,
     Delete,
     Exists,
+    Follow,
     Probe,
     Publish,
     Read,
@@ -22,10 +25,13 @@ from mprpc.desk import (
     Request,
     Save,
     Snapshot,
+    Stat,
+    Tick,
     Transaction,
     Unfollow,
 )
 from mprpc.layout import Endpoint, Registration
+from mprpc.reconciler import Reconciler
 
 A, B, C, D = (f"10.0.0.{number}:8000" for number in range(1, 5))
 
@@ -790,6 +796,24 @@ class TestClient:
         first.connect()
         world.settle()
         assert first.registered == {1: True}
+
+    def test_answers_that_come_slowly_are_no_sign_of_a_wedged_client(self) -> None:
+        """A busy process, which needed longer than that for all the answers to one list, began anew for ever."""
+        made = Reconciler(where="zk", root="/mprpc", process="p", timeout=10.0, random=lambda: 0.5)
+        made.handle(Connected(1, 10.0), 0.0)
+        asked = made.handle(Follow("fixbug.UserServiceRpc", (), None), 0.0)
+        tokens = [action.token for action in asked if isinstance(action, Request)]
+        names = tuple(str(number) for number in range(5))
+        actions = made.handle(Answer(tokens[0], (names, Stat(1, 0, 1, 0))), 0.0)
+        tokens = tokens[1:] + [action.token for action in actions if isinstance(action, Request)]
+        now = 0.0
+        while len(tokens) > 1:
+            now += 6.0
+            assert not [each for each in made.handle(Tick(), now) if isinstance(each, Replace)]
+            assert not [
+                each for each in made.handle(Answer(tokens.pop(0), error="NoNode"), now) if isinstance(each, Replace)
+            ]
+        assert [each for each in made.handle(Tick(), now + 10.0) if isinstance(each, Replace)]
 
     def test_a_client_that_ended_is_replaced_at_a_growing_distance(self, world: World) -> None:
         first = provider(world, A)
