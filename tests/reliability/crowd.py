@@ -22,6 +22,7 @@ from reliability.fleet import SERVICE
 from reliability.member import say
 
 METHODS = ("Look", "Book")
+FIRST_LIST = 60.0  # seconds for the first list
 reads: Counter[int] = Counter()  # by the registry's shell
 
 
@@ -47,7 +48,10 @@ def main() -> None:
         for registry, port in zip(providers, orders["ports"], strict=True)
     ]
     consumers = [Registry(config) for _ in range(orders["consumers"])]
-    views = [registry.follow(SERVICE, METHODS) for registry in consumers]
+    views = []
+    for registry in consumers:  # one after the other: what a start costs is not the subject
+        views.append(registry.follow(SERVICE, METHODS))
+        views[-1].wait(FIRST_LIST)
     for line in sys.stdin:
         command = line.strip()
         if command == "look":
