@@ -138,7 +138,6 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
     struct mprpc_call *c = calloc(1, sizeof *c);
     int64_t id = MPRPC_CALL_FULL;
 
-    *reason = 0;
     if (!c || expect(k->box)) {
         free(c);
         return id;
@@ -150,7 +149,8 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
     id = mprpc_link_send(k, c, names, names_size, payload, size, timeout,
                          hold && (k->owned || k->session.in_flight));
     if (id < 0) {
-        *reason = c->reason;
+        if (reason)
+            *reason = c->reason;
         free(c);
         expect_less(k->box);
     } else { /* it may have died of being sent: then its mail is there */

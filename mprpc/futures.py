@@ -5,17 +5,23 @@ thread of the process, the reader, reads for all connections (`_mailbox.c`): C e
 resolves their futures. The thread ends when nothing is in flight.
 
 A call that can't be submitted at once, because a provider has to be found or connected first, or that must go on to
-another provider, is made on one of a few lanes, threads that do just what a blocking caller does.
+another provider, waits in a queue for one of a few lanes: threads that do what blocks, and then submit it as well. So a
+future can be cancelled, and its deadline is kept, wherever it is.
+
+Rules: a call in flight is in `_pending` or in `_queued`, or on a lane; whoever takes it out of there sees to its end.
+At most max_pending are in flight, and of requests that are not small at most max_payload bytes. No user code runs with
+a lock held.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import queue
 import struct
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,19 +29,25 @@ from google.protobuf.message import Message
 
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
-from mprpc.errors import ResourceExhausted, RpcError
+from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 
 if TYPE_CHECKING:
-    from mprpc.channel import UnaryCall, _Endpoint
+    from collections.abc import Iterator
 
-__all__ = ["MAIL", "CallFuture", "Mail", "start_future"]
+    from mprpc.channel import UnaryCall, _Endpoint
+    from mprpc.config import MprpcConfig
+
+__all__ = ["MAIL", "CallFuture", "Mail", "Mailbox", "start_future"]
+
+_log = logging.getLogger("mprpc.futures")
 
 Response = TypeVar("Response", bound=Message)
 
 _NS = 1_000_000_000
 _FOREVER = 2**64 - 1
-_LINGER = 50_000_000  # ns that the reader waits for another call before its thread ends
-_LANES = 8  # calls being found or connected at once; more wait in their queue, within max_pending
+_LINGER = 50_000_000  # ns that the reader and a lane wait for another call before their thread ends
+_LANES = 8  # calls being found or connected at once; more wait in the queue, within max_pending
+_SMALL = 4096  # bytes up to which a request is not counted: max_pending of them are 40 MB
 
 MAIL = struct.Struct("=QqqQIIiBB2x")  # struct mprpc_mail
 assert MAIL.size == ffi.sizeof("struct mprpc_mail")
@@ -47,29 +59,48 @@ Mail = tuple[int, int, int, int, int, int, int, int, int]
 class CallFuture(Future[Response], Generic[Response]):
     """One call under way: a `concurrent.futures.Future` whose `cancel()` tells the provider as well.
 
-    Its callbacks run on the process's reader thread and must not block. Any thread.
+    Its callbacks run on the process's reader thread and must not wait for other futures. Any thread.
     """
 
     def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
         super().__init__()
         self._call = call
         self._controller = controller
-        self._link: Any = None
-        self._id = self._token = 0
+        self._payload = b""
+        self._weight = 0  # the payload's bytes, as far as they are counted
+        self._deadline = 0
+        self._token = 0  # its key in _pending or in _queued, another one for each attempt
+        self._at: tuple[Any, int] | None = None  # the link and the call_id: read and written as one
+        self._endpoint: _Endpoint | None = None
+        self._again = False  # the link was an old one: its end says nothing of the endpoint
+        self._round: Iterator[_Endpoint] | None = None  # the endpoints that are left to try
+        self._problem: RpcError | None = None  # why the last one did not take it
 
     def cancel(self) -> bool:
         """Gives the call up: CANCEL to the provider, no answer here. False when it has ended already."""
-        if not super().cancel():
-            return False
-        self.set_running_or_notify_cancel()  # for wait() and as_completed()
-        if self._link is not None:
-            lib.mprpc_link_cancel(self._link, self._id)
-        _reader.forget(self)
+        with self._condition:  # not Future.cancel: a second one, or one beside it, must find it done
+            if self._state == FINISHED:
+                return False
+            if self._state != PENDING:
+                return True
+            self._state = CANCELLED_AND_NOTIFIED
+            for waiter in self._waiters:
+                waiter.add_cancelled(self)
+            self._condition.notify_all()
+        reader().forget(self)
+        if self._controller is not None:
+            self._controller._set_error(Cancelled("the caller cancelled the call"))
+        self._invoke_callbacks()  # type: ignore[attr-defined]  # private, but so since the first version
         return True
 
-    def _resolve(self, response: Response | None, error: BaseException | None) -> None:
+    def _end(self, response: Response | None, error: BaseException | None) -> None:
+        """Resolves it, unless it has been cancelled."""
+        self._at = self._round = self._problem = None  # a future that is kept must keep no connection
+        self._payload = b""
+        if self._weight:
+            reader().unload(self)
         try:
-            if self._controller is not None and isinstance(error, RpcError):
+            if self._controller is not None and isinstance(error, RpcError) and not self.done():
                 self._controller._set_error(error)
                 self.set_result(self._call._response_class())
             elif error is not None:
@@ -77,197 +108,357 @@ class CallFuture(Future[Response], Generic[Response]):
             else:
                 self.set_result(response)  # type: ignore[arg-type]  # one of the two is there
         except InvalidStateError:
-            return  # cancelled meanwhile
+            _log.debug("%s was cancelled while its answer came", self._call._method.full_name)
+        except BaseException:  # SystemExit and such; of Exceptions Future itself makes a line in the log
+            _log.exception("a callback of a future of %s failed", self._call._method.full_name)
+
+
+class Mailbox:
+    """A struct mprpc_mailbox. Raises ResourceExhausted when there is no descriptor for it."""
+
+    def __init__(self) -> None:
+        box = lib.mprpc_mailbox_new()
+        if box == ffi.NULL:
+            raise ResourceExhausted(f"no mailbox can be made: {os.strerror(ffi.errno)}", not_run=True)
+        self.handle = ffi.gc(box, lib.mprpc_mailbox_free)
+        self._mail, self._data = ffi.new("struct mprpc_mail **"), ffi.new("uint8_t **")
+        self._size = ffi.new("size_t *")
+
+    def take(self) -> tuple[bytes, bytes]:
+        """The mail that is there, as records of MAIL, and the bytes that their offsets point into. One thread."""
+        records = lib.mprpc_mailbox_take(self.handle, self._mail, self._data, self._size)
+        if not records:
+            return b"", b""
+        mail = bytes(ffi.buffer(self._mail[0], records * MAIL.size))
+        return mail, bytes(ffi.buffer(self._data[0], self._size[0])) if self._size[0] else b""
 
 
 class _Reader:
-    """The calls in flight of this process, and the thread that ends them."""
+    """The calls in flight of this process, and the threads that see to them."""
 
     def __init__(self) -> None:
-        self._box = ffi.gc(lib.mprpc_mailbox_new(), lib.mprpc_mailbox_free)
-        self._pending: dict[int, tuple[CallFuture[Any], _Endpoint, Any, bytes, int]] = {}
+        self._box = Mailbox()
+        self._pending: dict[int, CallFuture[Any]] = {}
+        self._queued: dict[int, CallFuture[Any]] = {}  # for a lane, in order
+        self._due = _FOREVER  # no queued call's deadline is before, monotonic ns
         self._tokens = count(1)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what follows
         self._room = threading.Condition(self._lock)
         self._waiting = 0
+        self._bytes = 0  # of requests in flight that are not small
         self._thread: threading.Thread | None = None
-        self._lanes: queue.SimpleQueue[tuple[CallFuture[Any], bytes, int, _Endpoint | None]] = queue.SimpleQueue()
-        self._lane_count = self._lane_idle = 0
+        self._work = threading.Condition(self._lock)  # something is queued
+        self._lanes = self._idle_lanes = 0
+        self._ours: set[int] = set()  # the threads that must not wait for room: they make it
 
     # ---- any thread ----
 
-    def start(
-        self, future: CallFuture[Any], endpoint: _Endpoint | None, link: Any, payload: bytes, timeout: int
-    ) -> None:
-        """Submits the call, or has a lane make it. Raises ResourceExhausted when max_pending are in flight."""
-        call = future._call
-        limit = call._channel._config.max_pending
-        deadline = time.monotonic_ns() + timeout
-        if len(self._pending) >= limit:
-            self._wait_for_room(limit, deadline)
-        if link is None or endpoint is None:
-            self._make_on_lane(future, payload, deadline, endpoint)
-            return
+    def start(self, future: CallFuture[Any], timeout: int) -> None:
+        """Submits the call, or queues it. Raises ResourceExhausted when there is no room before its deadline."""
+        call, size = future._call, len(future._payload)
+        if size > _SMALL or len(self._pending) + len(self._queued) >= call._channel._config.max_pending:
+            self._wait_for_room(future, size)
+            timeout = max(0, future._deadline - time.monotonic_ns())
+        endpoint = future._endpoint = call._target.next()
+        if endpoint is not None and not endpoint.classic:
+            if future._controller is not None:
+                future._controller._peer = endpoint.address
+            link = endpoint.link
+            if link is not None:
+                future._problem = self._submit(future, endpoint, link, timeout)
+                if future._problem is None:
+                    return
+                future._endpoint = None
+        self._queue(future)
+
+    def _submit(self, future: CallFuture[Any], endpoint: _Endpoint, link: Any, timeout: int) -> RpcError | None:
+        """Gives the call to a connection. None, or why that does not take it."""
+        call, payload = future._call, future._payload
         if endpoint.mailed is not link:
-            lib.mprpc_link_attach(link, self._box, False)
+            lib.mprpc_link_attach(link, self._box.handle, False)
             endpoint.mailed = link
         token = future._token = next(self._tokens)
-        self._pending[token] = future, endpoint, link, payload, deadline
-        reason = ffi.new("int64_t *")
-        future._link = link
+        self._pending[token] = future
         identity = lib.mprpc_link_submit(
-            link, token, call._names, call._names_size, payload, len(payload), timeout, True, reason
+            link, token, call._names, call._names_size, payload, len(payload), timeout, True, ffi.NULL
         )
         if identity > 0:
-            future._id = identity
+            future._at = link, identity
             if self._thread is None:
                 self._start_thread()
-            if future.cancelled():  # before its id was known
-                lib.mprpc_link_cancel(link, identity)
-            return
-        del self._pending[token]
-        endpoint.drop(link)
-        self._make_on_lane(future, payload, deadline)
+            if future.done():  # cancelled before it had its call_id; or it has its answer, and this cancels nothing
+                self.forget(future)
+            return None
+        self._pending.pop(token, None)
+        return call._broken(endpoint, link, identity, lib.mprpc_link_check(link), 0)
 
     def forget(self, future: CallFuture[Any]) -> None:
         """A cancelled call ends as no mail."""
+        at = future._at
+        if at is not None:
+            future._at = None
+            lib.mprpc_link_cancel(*at)
         self._pending.pop(future._token, None)
-        if not self._pending:
-            lib.mprpc_mailbox_wake(self._box)  # the thread has nothing to wait for any more
+        self._queued.pop(future._token, None)
+        if not self._pending and not self._queued:
+            lib.mprpc_mailbox_wake(self._box.handle)  # the thread has nothing to wait for any more
+        if future._weight:
+            self.unload(future)
         self._tell_room()
+
+    def unload(self, future: CallFuture[Any]) -> None:
+        """Its bytes count no more."""
+        with self._lock:
+            self._bytes -= future._weight
+            future._weight = 0
 
     def _tell_room(self) -> None:
         if self._waiting:
-            with self._room:
+            with self._lock:
                 self._room.notify_all()
 
-    def _start_thread(self) -> None:
+    def _wait_for_room(self, future: CallFuture[Any], size: int) -> None:
+        config = future._call._channel._config
+        weight = size if size > _SMALL else 0
         with self._lock:
-            if self._thread is None and self._pending:
-                self._thread = threading.Thread(target=self._run, name="mprpc-reader", daemon=True)
-                self._thread.start()
-
-    def _wait_for_room(self, limit: int, deadline: int) -> None:
-        full = ResourceExhausted(f"max_pending={limit} calls are in flight", not_run=True)
-        if threading.current_thread() is self._thread:
-            raise full  # it is the one that makes room
-        with self._room:
             self._waiting += 1
             try:
-                while len(self._pending) >= limit:
-                    left = (deadline - time.monotonic_ns()) / _NS
-                    if left <= 0 or not self._room.wait(left):
-                        raise full
+                while not self._has_room(config, weight):
+                    left = (future._deadline - time.monotonic_ns()) / _NS
+                    if left <= 0 or threading.get_ident() in self._ours or not self._room.wait(left):
+                        raise self._full(config)
+                future._weight = weight
+                self._bytes += weight
             finally:
                 self._waiting -= 1
 
+    def _has_room(self, config: MprpcConfig, weight: int) -> bool:
+        fits = not weight or not self._bytes or self._bytes + weight <= config.max_payload
+        return fits and len(self._pending) + len(self._queued) < config.max_pending
+
+    def _full(self, config: MprpcConfig) -> ResourceExhausted:
+        text = f"max_pending={config.max_pending} calls are in flight"
+        if len(self._pending) + len(self._queued) < config.max_pending:
+            text = f"requests with max_payload={config.max_payload} bytes together are in flight"
+        return ResourceExhausted(text, not_run=True)
+
     # ---- the reader's thread ----
 
+    def _start_thread(self) -> None:
+        with self._lock:
+            if self._thread is None and (self._pending or self._queued):
+                self._thread = threading.Thread(target=self._run, name="mprpc-reader", daemon=True)
+                self._thread.start()
+
     def _run(self) -> None:
-        box = self._box
-        while True:
-            if lib.mprpc_mailbox_wait(box, _FOREVER if self._pending else _LINGER):
+        self._ours.add(threading.get_ident())
+        while _reader is self:  # else a callback has forked, and this is the child
+            arrived = lib.mprpc_mailbox_wait(self._box.handle, self._patience())
+            if arrived:
                 self._deliver()
-                continue
-            with self._lock:
-                if not self._pending:
-                    self._thread = None
-                    return
+            if self._due != _FOREVER and time.monotonic_ns() >= self._due:
+                self._expire_queued()
+            if not arrived and not self._pending and not self._queued and self._ends():
+                break
+        self._ours.discard(threading.get_ident())
+
+    def _patience(self) -> int:
+        if self._queued:
+            return max(0, self._due - time.monotonic_ns())
+        return _FOREVER if self._pending else _LINGER
+
+    def _ends(self) -> bool:
+        """First the thread is gone, then it looks again: who has added a call since finds that it needs another."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if self._pending or self._queued:
+                self._thread = thread
+            return self._thread is None
 
     def _deliver(self) -> None:
-        mail, data = take_mail(self._box)
+        mail, data = self._box.take()
+        pending = self._pending
         for each in MAIL.iter_unpack(mail):
-            entry = self._pending.pop(each[0], None)
-            if entry is not None:
-                self._end(entry, each, data)
+            future = pending.pop(each[0], None)
+            if future is not None:
+                self._arrived(future, each, data)
         self._tell_room()
 
-    def _end(self, entry: tuple[CallFuture[Any], _Endpoint, Any, bytes, int], mail: Mail, data: bytes) -> None:
-        future, endpoint, link, payload, deadline = entry
-        call = future._call
-        size = mail[1]
+    def _arrived(self, future: CallFuture[Any], mail: Mail, data: bytes) -> None:
+        call, size, offset = future._call, mail[1], mail[3]
         if size >= 0:
             try:
-                future._resolve(call._parsed(data[mail[3] : mail[3] + size]), None)
+                response = call._parsed(data[offset : offset + size])
             except RpcError as error:
-                future._resolve(None, error)
+                future._end(None, error)
+            else:
+                future._end(response, None)
             return
-        problem = call._mail_error(endpoint, link, mail, data)
-        if call._may_retry(problem) and time.monotonic_ns() < deadline:
-            self._make_on_lane(future, payload, deadline)
-        else:
-            future._resolve(None, problem)
+        at, endpoint = future._at, future._endpoint
+        assert endpoint is not None
+        problem = call._mail_error(endpoint, at[0] if at is not None else None, mail, data)
+        if not call._may_retry(problem) or future.done() or time.monotonic_ns() >= future._deadline:
+            future._end(None, problem)
+            return
+        future._problem = problem
+        if future._round is None:
+            future._endpoint = None
+        elif not future._again:
+            call._target.failed(endpoint)
+        self._queue(future)
+
+    def _expire_queued(self) -> None:
+        """Ends what no lane had time for; _due is a bound, so most rounds have nothing to look for."""
+        now, self._due = time.monotonic_ns(), _FOREVER
+        for token, future in list(self._queued.items()):
+            if future._deadline > now:
+                self._due = min(self._due, future._deadline)
+            elif self._queued.pop(token, None) is not None:
+                name = future._call._method.full_name
+                future._end(None, Unavailable(f"{name}: no connection within the call's deadline", not_run=True))
+        self._tell_room()
 
     # ---- the lanes ----
 
-    def _make_on_lane(
-        self, future: CallFuture[Any], payload: bytes, deadline: int, first: _Endpoint | None = None
-    ) -> None:
-        future._link = None
+    def _queue(self, future: CallFuture[Any]) -> None:
+        future._at = None
+        token = future._token = next(self._tokens)
         with self._lock:
-            self._lanes.put((future, payload, deadline, first))
-            start = self._lane_idle < self._lanes.qsize() and self._lane_count < _LANES
-            self._lane_count += start
-        if start:
-            threading.Thread(target=self._lane, name="mprpc-lane", daemon=True).start()
+            first = not self._queued
+            self._queued[token] = future
+            if self._idle_lanes:
+                self._work.notify()
+            elif self._lanes < _LANES:
+                self._lanes += 1
+                threading.Thread(target=self._lane, name="mprpc-lane", daemon=True).start()
+        self._due = min(self._due, future._deadline)
+        if first or self._due == future._deadline:
+            lib.mprpc_mailbox_wake(self._box.handle)
+        if self._thread is None:
+            self._start_thread()
+        if future.done():
+            self.forget(future)  # cancelled before it was queued
 
     def _lane(self) -> None:
-        while True:
-            with self._lock:
-                self._lane_idle += 1
+        self._ours.add(threading.get_ident())
+        while (future := self._next_queued()) is not None:
             try:
-                work = self._lanes.get(timeout=_LINGER / _NS)
-            except queue.Empty:
-                work = None
-            with self._lock:
-                self._lane_idle -= 1
-                if work is None and self._lanes.empty():
-                    self._lane_count -= 1
-                    return
-            if work is not None:
-                self._make(*work)
+                error = self._go_on(future)
+            except BaseException as raised:
+                error = raised
+            if error is not None:
+                future._end(None, error)
+        self._ours.discard(threading.get_ident())
 
-    def _make(self, future: CallFuture[Any], payload: bytes, deadline: int, first: _Endpoint | None) -> None:
-        if future.cancelled():
-            return
-        try:
-            future._resolve(future._call._go_round(payload, deadline, future._controller, first), None)
-        except BaseException as error:
-            future._resolve(None, error)
+    def _next_queued(self) -> CallFuture[Any] | None:
+        """Waits a little for a queued call; None ends the lane."""
+        with self._lock:
+            self._idle_lanes += 1
+            if not self._queued:
+                self._work.wait(_LINGER / _NS)
+            self._idle_lanes -= 1
+            for token in self._queued:
+                return self._queued.pop(token)
+            self._lanes -= 1
+            return None
 
+    def _go_on(self, future: CallFuture[Any]) -> BaseException | None:
+        """Offers the call to the endpoints in turn, until one has taken it; else why none has."""
+        call = future._call
+        for endpoint in self._endpoints(future):
+            if future.done():
+                return None
+            if future._controller is not None:
+                future._controller._peer = endpoint.address
+            try:
+                if endpoint.classic:
+                    future._end(call._call_classic(endpoint, future._payload, future._deadline), None)
+                    return None
+                problem = self._offer(future, endpoint)
+            except RpcError as error:
+                problem = error
+            if problem is None or not call._may_retry(problem):
+                return problem
+            call._target.failed(endpoint)
+            future._problem = problem
+        return future._problem or Unavailable(f"{call._method.full_name}: {call._target.nobody()}", not_run=True)
 
-def take_mail(box: Any) -> tuple[bytes, bytes]:
-    """The mail that is there, as records of MAIL, and the bytes that their offsets point into."""
-    mail, data, size = ffi.new("struct mprpc_mail **"), ffi.new("uint8_t **"), ffi.new("size_t *")
-    records = lib.mprpc_mailbox_take(box, mail, data, size)
-    if not records:
-        return b"", b""
-    return bytes(ffi.buffer(mail[0], records * MAIL.size)), bytes(ffi.buffer(data[0], size[0])) if size[0] else b""
+    def _endpoints(self, future: CallFuture[Any]) -> Iterator[_Endpoint]:
+        """Those that are left: each once, and once more one whose connection was an old one."""
+        call, last = future._call, future._endpoint
+        if future._round is None:
+            future._round = iter(call._target.all(future._deadline, last))
+        elif future._again and last is not None:
+            future._again = False
+            yield last
+        yield from future._round
+
+    def _offer(self, future: CallFuture[Any], endpoint: _Endpoint) -> RpcError | None:
+        """Submits it to one endpoint, again where the connection was an old one that has ended."""
+        future._again = endpoint.link is not None
+        problem = self._submit_connected(future, endpoint)
+        if future._again and isinstance(problem, Unavailable):
+            future._again = False
+            problem = self._submit_connected(future, endpoint)
+        return problem
+
+    def _submit_connected(self, future: CallFuture[Any], endpoint: _Endpoint) -> RpcError | None:
+        link = endpoint.connect(future._deadline)
+        left = future._deadline - time.monotonic_ns()
+        if left <= 0:
+            text = f"{future._call._method.full_name}: the deadline passed before it was sent"
+            return DeadlineExceeded(text, not_run=True)
+        future._endpoint = endpoint
+        return self._submit(future, endpoint, link, left)
 
 
 def start_future(
     call: UnaryCall[Any, Response], request: Message, timeout: float | None, controller: MprpcController | None
 ) -> CallFuture[Response]:
     """What `UnaryCall.future` does."""
-    payload, nanoseconds = call._prepare(request, timeout if controller is None or timeout else controller.timeout)
     if controller is not None:
-        given = controller.timeout
+        own = controller.timeout
+        timeout = own if timeout is None else timeout
         controller.reset()
-        controller.timeout = given
+        controller.timeout = own
     future = CallFuture(call, controller)
-    endpoint = call._target.next() if len(payload) <= call._max_payload else None
-    if endpoint is not None and controller is not None:
-        controller._peer = endpoint.address
-    _reader.start(future, endpoint, endpoint.link if endpoint is not None else None, payload, nanoseconds)
+    try:
+        future._payload, nanoseconds = call._prepare(request, timeout)
+        future._deadline = time.monotonic_ns() + nanoseconds
+        call._check_size(future._payload)
+    except RpcError as error:
+        future._end(None, error)
+        return future
+    try:
+        reader().start(future, nanoseconds)
+    except ResourceExhausted as error:
+        if controller is None:
+            raise
+        future._end(None, error)
+    except RpcError as error:
+        future._end(None, error)
     return future
 
 
-_reader = _Reader()
+_reader: _Reader | None = None
+_reader_lock = threading.Lock()
+
+
+def reader() -> _Reader:
+    """The one of this process."""
+    global _reader
+    if _reader is None:
+        with _reader_lock:
+            _reader = _reader or _Reader()
+    return _reader
 
 
 def _after_fork() -> None:
-    global _reader
-    _reader = _Reader()  # the parent's calls are the parent's
+    """The parent's calls are the parent's: here they never end, and to cancel one must not write to its socket."""
+    global _reader, _reader_lock
+    for future in list(_reader._pending.values()) if _reader is not None else ():
+        future._at = None
+    _reader, _reader_lock = None, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
