@@ -6,16 +6,18 @@ and all calls that ended are resolved from one copy. What is called in one itera
 send at its end.
 
 Any number of event loops may use one channel, in any threads: each gets its own connections. What would block
-(ZooKeeper, host names) runs on the event loop's executor.
+(ZooKeeper, host names, the seed's dialect) runs on threads beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 import threading
 import time
-import weakref
+from collections import deque
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -27,22 +29,22 @@ from mprpc.channel import MprpcChannel, UnaryCall, split_address
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
-from mprpc.futures import MAIL, Mail, take_mail
+from mprpc.futures import MAIL, Mail, Mailbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Coroutine
     from types import TracebackType
 
     from mprpc.channel import _Endpoint
 
 __all__ = ["AsyncMprpcChannel", "AsyncUnaryCall"]
 
-T = TypeVar("T")
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
 _NS = 1_000_000_000
 _FOREVER = 2**64 - 1
+_GRACE = 0.02  # seconds beyond its deadline for which a call waits to hear from a thread beside what was missing
 
 
 class AsyncMprpcChannel:
@@ -59,23 +61,26 @@ class AsyncMprpcChannel:
         dialect: str | None = None,
     ) -> None:
         self._channel = MprpcChannel(target, timeout=timeout, dialect=dialect)
-        self._hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Hub] = weakref.WeakKeyDictionary()
+        self._hubs: dict[asyncio.AbstractEventLoop, _Hub] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def unary_call(self, method: MethodDescriptor, response_class: type[Response]) -> AsyncUnaryCall[Any, Response]:
         """The callable for one method; generated stubs ask for theirs here."""
         return AsyncUnaryCall(self, method, response_class)
 
     async def close(self) -> None:
-        """Ends all connections, those of other event loops too; calls in flight fail with Unavailable."""
+        """Ends all connections, other event loops' too; calls in flight and later ones fail with Unavailable."""
         with self._lock:
+            self._closed = True
             hubs = list(self._hubs.items())
             self._hubs.clear()
         for loop, hub in hubs:
             if loop is asyncio.get_running_loop():
                 hub.close()
-            elif not loop.is_closed():
-                loop.call_soon_threadsafe(hub.close)
+            else:
+                with contextlib.suppress(RuntimeError):  # that loop has ended
+                    loop.call_soon_threadsafe(hub.close)
         await asyncio.get_running_loop().run_in_executor(None, self._channel.close)
 
     async def __aenter__(self) -> AsyncMprpcChannel:
@@ -88,11 +93,16 @@ class AsyncMprpcChannel:
 
     def _hub(self) -> _Hub:
         loop = asyncio.get_running_loop()
-        hub = self._hubs.get(loop)
-        if hub is None:
-            with self._lock:
-                hub = self._hubs[loop] = _Hub(loop, self._channel._config)
-        return hub
+        return self._hubs.get(loop) or self._new_hub(loop)
+
+    def _new_hub(self, loop: asyncio.AbstractEventLoop) -> _Hub:
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            for each in [each for each in self._hubs if each.is_closed()]:
+                del self._hubs[each]  # with its connections
+            hub = self._hubs[loop] = _Hub(loop, self._channel._config)
+            return hub
 
 
 class AsyncUnaryCall(Generic[Request, Response]):
@@ -107,11 +117,14 @@ class AsyncUnaryCall(Generic[Request, Response]):
         self._response_class = response_class
         self._made: UnaryCall[Any, Response] | None = None
 
-    async def __call__(
+    def __call__(
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
-    ) -> Response:
-        if controller is None:
-            return await self._call(request, timeout, None)
+    ) -> Coroutine[Any, Any, Response]:
+        if controller is not None:
+            return self._controlled(request, timeout, controller)
+        return self._call(request, timeout, None)
+
+    async def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
         own = controller.timeout
         timeout = own if timeout is None else timeout
         controller.reset()
@@ -125,6 +138,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
     async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
         call = self._made or await self._make()
         payload, nanoseconds = call._prepare(request, timeout)
+        deadline = time.monotonic_ns() + nanoseconds
         endpoint = first = call._target.next()
         hub = self._channel._hub()
         if endpoint is not None and len(payload) <= call._max_payload:
@@ -133,12 +147,12 @@ class AsyncUnaryCall(Generic[Request, Response]):
                 if controller is not None:
                     controller._peer = endpoint.address
                 try:
-                    return await hub.call(link, call, endpoint, payload, nanoseconds)
+                    return await hub.call(link, call, endpoint, payload, nanoseconds, deadline)
                 except RpcError as error:
-                    if not call._may_retry(error):
+                    if not call._may_retry(error) or time.monotonic_ns() >= deadline:
                         raise
                     first = None
-        return await self._go_round(hub, call, payload, time.monotonic_ns() + nanoseconds, controller, first)
+        return await self._go_round(hub, call, payload, deadline, controller, first)
 
     async def _make(self) -> UnaryCall[Any, Response]:
         """The blocking call that this one is the face of; making it may open the registry, which takes its time."""
@@ -168,13 +182,8 @@ class AsyncUnaryCall(Generic[Request, Response]):
                 controller._peer = endpoint.address
             try:
                 if endpoint.classic:
-                    return await hub.run(call._call_classic, endpoint, payload, deadline)
-                link = hub.links.get(endpoint.address) or await hub.connect(endpoint, deadline)
-                left = deadline - time.monotonic_ns()
-                if left <= 0:
-                    text = f"{call._method.full_name}: the deadline passed before it was sent"
-                    raise DeadlineExceeded(text, not_run=True)
-                return await hub.call(link, call, endpoint, payload, left)
+                    return await hub.call_classic(call, endpoint, payload, deadline)
+                return await self._call_endpoint(hub, call, endpoint, payload, deadline)
             except RpcError as error:
                 if not call._may_retry(error):
                     raise
@@ -182,13 +191,30 @@ class AsyncUnaryCall(Generic[Request, Response]):
                 failed = error
         raise failed or Unavailable(f"{call._method.full_name}: {call._target.nobody()}", not_run=True)
 
+    @staticmethod
+    async def _call_endpoint(
+        hub: _Hub, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, deadline: int
+    ) -> Response:
+        used = hub.links.get(endpoint.address)
+        if used is not None:
+            try:
+                return await hub.call_within(used, call, endpoint, payload, deadline)
+            except Unavailable as error:
+                if not call._may_retry(error):
+                    raise
+            # An old connection may have ended since its last call: that says nothing of the endpoint.
+        link = await hub.connect(endpoint, deadline)
+        return await hub.call_within(link, call, endpoint, payload, deadline)
+
 
 class _Link:
     """A connection of one event loop."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, address: str) -> None:
         self.handle = handle
+        self.address = address
         self.descriptor = lib.mprpc_link_descriptor(handle)
+        self.dirty = False  # it will be written to at the end of this iteration
         self.writing = False  # the event loop watches for room to write
         self.due = _FOREVER  # when the event loop's timer for it goes off, monotonic ns
         self.timer: asyncio.TimerHandle | None = None
@@ -198,66 +224,144 @@ class _Hub:
     """What one event loop has of one channel. On that loop's thread only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, config: MprpcConfig) -> None:
-        self.links: dict[str, _Link] = {}
+        self.links: dict[str, _Link] = {}  # what new calls go to
+        self._all: set[_Link] = set()  # those too that only have calls in flight
         self._loop = loop
         self._config = config
-        self._box = ffi.gc(lib.mprpc_mailbox_new(), lib.mprpc_mailbox_free)
+        self._max_pending = config.max_pending
+        self._max_bytes = config.max_payload
+        self._box = Mailbox()
         self._pending: dict[int, asyncio.Future[tuple[Mail, bytes]]] = {}
+        self._flying = self._bytes = 0  # calls in flight and being let in, and their requests' bytes
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()  # calls that there is no room for yet
         self._tokens = count(1)
         self._connecting: dict[str, asyncio.Task[_Link]] = {}
-        self._to_write: set[_Link] = set()
+        self._finding: dict[object, tuple[asyncio.Future[tuple[_Endpoint, ...]], int]] = {}
         self._expiry = ffi.new("uint64_t *")
-        self._reason = ffi.new("int64_t *")
         self._closed = False
-        self._room: asyncio.Event | None = None
 
     # ---- a call ----
 
-    async def call(
-        self, link: _Link, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, timeout: int
+    async def call_within(
+        self, link: _Link, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, deadline: int
     ) -> Response:
-        if len(self._pending) >= self._config.max_pending:
-            await self._wait_for_room(timeout)
-        token = next(self._tokens)
-        names = call._names
-        identity = lib.mprpc_link_submit(
-            link.handle, token, names, len(names), payload, len(payload), timeout, True, self._reason
-        )
-        if identity < 0:
-            self._lose(link)
-            raise call._broken(endpoint, None, identity, self._reason[0], 0)
-        future = self._pending[token] = self._loop.create_future()
-        if not self._to_write:
-            self._loop.call_soon(self._write)
-        self._to_write.add(link)
+        left = deadline - time.monotonic_ns()
+        if left <= 0:
+            raise DeadlineExceeded(f"{call._method.full_name}: the deadline passed before it was sent", not_run=True)
+        return await self.call(link, call, endpoint, payload, left, deadline)
+
+    async def call(
+        self,
+        link: _Link,
+        call: UnaryCall[Any, Response],
+        endpoint: _Endpoint,
+        payload: bytes,
+        timeout: int,
+        deadline: int,
+    ) -> Response:
+        size = len(payload)
+        if self._waiting or not self._has_room(size):
+            await self._wait_for_room(size, deadline)
+            timeout = max(0, deadline - time.monotonic_ns())
+        else:
+            self._flying += 1
+            self._bytes += size
         try:
-            mail, data = await future
-        except asyncio.CancelledError:
-            if self._pending.pop(token, None) is not None and lib.mprpc_link_cancel(link.handle, identity):
-                self._turn(link, False)
-            raise
+            mail, data = await self._submit(link, call, endpoint, payload, timeout)
+        finally:
+            self._leave(size)
         size = mail[1]
         if size >= 0:
             return call._parsed(data[mail[3] : mail[3] + size])
         raise call._mail_error(endpoint, None, mail, data)
 
-    async def _wait_for_room(self, timeout: int) -> None:
-        """Slows a caller that starts more calls than max_pending."""
-        deadline = self._loop.time() + timeout / _NS
-        while len(self._pending) >= self._config.max_pending:
-            self._room = self._room or asyncio.Event()
-            try:
-                await asyncio.wait_for(self._room.wait(), deadline - self._loop.time())
-            except asyncio.TimeoutError:
-                text = f"max_pending={self._config.max_pending} calls are in flight"
-                raise ResourceExhausted(text, not_run=True) from None
+    async def _submit(
+        self, link: _Link, call: UnaryCall[Any, Any], endpoint: _Endpoint, payload: bytes, timeout: int
+    ) -> tuple[Mail, bytes]:
+        token = next(self._tokens)
+        identity = lib.mprpc_link_submit(
+            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, True, ffi.NULL
+        )
+        if identity < 0:
+            if identity != lib.MPRPC_CALL_FULL:
+                self._retire(link)
+            raise call._broken(endpoint, None, identity, lib.mprpc_link_check(link.handle), 0)
+        future: asyncio.Future[tuple[Mail, bytes]] = self._loop.create_future()
+        self._pending[token] = future
+        if not link.dirty:
+            self._write_soon(link)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._forget(link, token, identity) and not link.dirty:
+                self._write_soon(link)
+            raise
+        except GeneratorExit:  # its task is gone, perhaps the event loop too
+            self._forget(link, token, identity)
+            raise
+
+    def _forget(self, link: _Link, token: int, identity: int) -> bool:
+        """A cancelled call ends as no mail. Whether CANCEL is to be written."""
+        return self._pending.pop(token, None) is not None and bool(lib.mprpc_link_cancel(link.handle, identity))
+
+    async def call_classic(
+        self, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, deadline: int
+    ) -> Response:
+        """In the seed's dialect, on the executor; its threads may all be taken until after the deadline."""
+        running = self._loop.run_in_executor(None, call._call_classic, endpoint, payload, deadline)
+        running.add_done_callback(_retrieve)
+        left = (deadline - time.monotonic_ns()) / _NS
+        done, _ = await asyncio.wait({running}, timeout=max(0.0, left) + _GRACE)
+        if not done:
+            running.cancel()
+            raise DeadlineExceeded(f"{call._method.full_name}: no answer from {endpoint.address} within the deadline")
+        return running.result()
+
+    # ---- room ----
+
+    def _has_room(self, size: int) -> bool:
+        return self._flying < self._max_pending and (self._bytes + size <= self._max_bytes or not self._bytes)
+
+    async def _wait_for_room(self, size: int, deadline: int) -> None:
+        """Slows those who start more calls than max_pending, or with more bytes than max_payload; in order."""
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append((turn, size))
+        left = max(0, deadline - time.monotonic_ns()) / _NS
+        timer = self._loop.call_later(left, self._refuse, turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._leave(size)  # let in and cancelled at once
+            raise
+        finally:
+            timer.cancel()
+
+    def _refuse(self, turn: asyncio.Future[None]) -> None:
+        if not turn.done():
+            limits = f"max_pending={self._max_pending}, max_payload={self._max_bytes} bytes of requests"
+            text = f"the calls in flight leave no room within the deadline ({limits})"
+            turn.set_exception(ResourceExhausted(text, not_run=True))
+
+    def _leave(self, size: int) -> None:
+        self._flying -= 1
+        self._bytes -= size
+        while self._waiting and (self._waiting[0][0].done() or self._has_room(self._waiting[0][1])):
+            turn, size = self._waiting.popleft()
+            if not turn.done():
+                self._flying += 1
+                self._bytes += size
+                turn.set_result(None)
 
     # ---- the event loop's callbacks ----
 
-    def _write(self) -> None:
-        links, self._to_write = self._to_write, set()
-        for link in links:
-            self._turn(link, False)
+    def _write_soon(self, link: _Link) -> None:
+        link.dirty = True
+        self._loop.call_soon(self._write, link)
+
+    def _write(self, link: _Link) -> None:
+        link.dirty = False
+        self._turn(link, False)
 
     def _readable(self, link: _Link) -> None:
         self._turn(link, True)
@@ -271,22 +375,19 @@ class _Hub:
 
     def _turn(self, link: _Link, read: bool) -> None:
         told = lib.mprpc_link_turn(link.handle, read, self._expiry)
-        due = self._expiry[0]
         if told < 0:
             self._lose(link)
         elif told != link.writing:
             self._watch_writing(link, told > 0)
-        if due < link.due:
+        due = self._expiry[0]
+        if due < link.due and told >= 0:
             self._set_timer(link, due)
-        mail, data = take_mail(self._box)
+        mail, data = self._box.take()
         pending = self._pending
         for each in MAIL.iter_unpack(mail):
             future = pending.pop(each[0], None)
             if future is not None and not future.done():
                 future.set_result((each, data))
-        if self._room is not None and len(pending) < self._config.max_pending:
-            self._room.set()
-            self._room = None
 
     def _watch_writing(self, link: _Link, wanted: bool) -> None:
         link.writing = wanted
@@ -302,29 +403,67 @@ class _Hub:
         left = max(0, due - time.monotonic_ns()) / _NS
         link.timer = self._loop.call_later(left, self._expired, link)
 
-    # ---- connections ----
+    # ---- finding providers ----
 
     async def endpoints(
         self, call: UnaryCall[Any, Any], deadline: int, first: _Endpoint | None
     ) -> tuple[_Endpoint, ...]:
-        if first is not None or call._target.next() is not None:
-            return call._target.all(deadline, first)
-        return await self.run(call._target.all, deadline)
+        target = call._target
+        with contextlib.suppress(Unavailable):  # there is no list yet
+            return target.all(0, first)
+        while True:
+            finding, until = self._finding.get(target) or self._find(target, deadline)
+            left = (deadline - time.monotonic_ns()) / _NS
+            await asyncio.wait({finding}, timeout=max(0.0, left) + _GRACE)
+            if not finding.done():
+                raise Unavailable(f"{call._method.full_name}: no provider was found within the deadline", not_run=True)
+            if finding.exception() is None or until >= deadline or time.monotonic_ns() < until:
+                return finding.result()  # else it looked no longer than for a call with a nearer deadline
 
-    async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """What blocks, on the executor."""
-        return await self._loop.run_in_executor(None, lambda: function(*arguments))
+    def _find(self, target: Any, deadline: int) -> tuple[asyncio.Future[tuple[_Endpoint, ...]], int]:
+        """Looks for a list on a thread of its own; callers at the same time share it."""
+        finding: asyncio.Future[tuple[_Endpoint, ...]] = self._loop.create_future()
+        finding.add_done_callback(_retrieve)
+        self._finding[target] = finding, deadline
+
+        def settle(found: tuple[_Endpoint, ...], error: Exception | None) -> None:
+            self._finding.pop(target, None)
+            if not finding.done():
+                finding.set_exception(error) if error is not None else finding.set_result(found)
+
+        def find() -> None:
+            found: tuple[_Endpoint, ...] = ()
+            error: Exception | None = None
+            try:
+                found = target.all(deadline)
+            except Exception as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                self._loop.call_soon_threadsafe(settle, found, error)
+
+        threading.Thread(target=find, name="mprpc-find", daemon=True).start()
+        return finding, deadline
+
+    # ---- connections ----
 
     async def connect(self, endpoint: _Endpoint, deadline: int) -> _Link:
         """The connection to that endpoint; callers at the same time share one attempt."""
+        if self._closed:
+            raise _closed()
+        link = self.links.get(endpoint.address)
+        if link is not None:
+            return link
         task = self._connecting.get(endpoint.address)
         if task is None:
             task = self._connecting[endpoint.address] = self._loop.create_task(self._connect(endpoint))
             task.add_done_callback(lambda _: self._connecting.pop(endpoint.address, None))
+            task.add_done_callback(_retrieve)
         left = (deadline - time.monotonic_ns()) / _NS
         done, _ = await asyncio.wait({task}, timeout=max(0.0, left))
         if not done:
             raise Unavailable(f"can't connect to {endpoint.address}: no connection within the deadline", not_run=True)
+        if task.cancelled():
+            raise _closed()
         return task.result()
 
     async def _connect(self, endpoint: _Endpoint) -> _Link:
@@ -339,14 +478,16 @@ class _Hub:
             endpoint.rest()
             text = f"can't connect to {endpoint.address}: {error.strerror or error}"
             raise Unavailable(text, not_run=True) from None
-        if self._closed:
-            connection.close()
-            raise Unavailable("the channel is closed", not_run=True)
         endpoint.reached()
-        handle = lib.mprpc_link_new(connection.detach(), self._config.max_payload)
-        link = _Link(ffi.gc(handle, lib.mprpc_link_free))
-        lib.mprpc_link_attach(link.handle, self._box, True)
+        descriptor = connection.detach()
+        handle = lib.mprpc_link_new(descriptor, self._config.max_payload)
+        if handle == ffi.NULL:
+            os.close(descriptor)
+            raise Unavailable(f"can't connect to {endpoint.address}: no memory for a connection", not_run=True)
+        link = _Link(ffi.gc(handle, lib.mprpc_link_free), endpoint.address)
+        lib.mprpc_link_attach(link.handle, self._box.handle, True)
         self.links[endpoint.address] = link
+        self._all.add(link)
         self._loop.add_reader(link.descriptor, self._readable, link)
         return link
 
@@ -375,19 +516,38 @@ class _Hub:
             raise
         return made
 
+    def _retire(self, link: _Link) -> None:
+        """It takes no new calls; those in flight on it may still be answered."""
+        if self.links.get(link.address) is link:
+            del self.links[link.address]
+
     def _lose(self, link: _Link) -> None:
         """The connection has ended; the next call makes another."""
-        for address, each in list(self.links.items()):
-            if each is link:
-                del self.links[address]
-                self._loop.remove_reader(link.descriptor)
-                self._loop.remove_writer(link.descriptor)
-                if link.timer is not None:
-                    link.timer.cancel()
-        self._to_write.discard(link)
+        self._retire(link)
+        if link in self._all:
+            self._all.remove(link)
+            self._loop.remove_reader(link.descriptor)
+            self._loop.remove_writer(link.descriptor)
+            if link.timer is not None:
+                link.timer.cancel()
 
     def close(self) -> None:
         self._closed = True
-        for link in list(self.links.values()):
+        for task in list(self._connecting.values()):
+            task.cancel()
+        for finding, _ in list(self._finding.values()):
+            if not finding.done():
+                finding.set_exception(_closed())
+        for link in list(self._all):
             lib.mprpc_link_close(link.handle)
             self._turn(link, False)
+
+
+def _retrieve(done: asyncio.Future[Any]) -> None:
+    """Those who waited may all have gone: then nobody hears of the exception, which is no mistake."""
+    if not done.cancelled():
+        done.exception()
+
+
+def _closed() -> Unavailable:
+    return Unavailable("the channel is closed", not_run=True)
