@@ -353,11 +353,12 @@ class UnaryCall(Generic[Request, Response]):
         """Calls the endpoints in turn, from `first` on, until one has taken the request."""
         self._check_size(payload)
         failed: RpcError | None = None
+        began = time.monotonic()
         for endpoint in self._target.all(deadline, first):
             if controller is not None:
                 controller._peer = endpoint.address
             try:
-                return self._call_endpoint(endpoint, payload, deadline)
+                return self._call_endpoint(endpoint, payload, deadline, began)
             except RpcError as error:
                 if not self._may_retry(error):
                     raise
@@ -376,18 +377,18 @@ class UnaryCall(Generic[Request, Response]):
             return error.not_run or self._idempotent
         return error.not_run and error.status in (Status.RESOURCE_EXHAUSTED, Status.UNIMPLEMENTED)
 
-    def _call_endpoint(self, endpoint: _Endpoint, payload: bytes, deadline: int) -> Response:
+    def _call_endpoint(self, endpoint: _Endpoint, payload: bytes, deadline: int, began: float) -> Response:
         if endpoint.classic:
             return self._call_classic(endpoint, payload, deadline)
         used = endpoint.link
-        link = used if used is not None else endpoint.connect(deadline)
+        link = used if used is not None else endpoint.connect(deadline, began)
         try:
             return self._call_link(endpoint, link, payload, deadline)
         except Unavailable as error:
             if used is None or not self._may_retry(error):
                 raise
         # The connection was an old one, which may have ended since its last call: that says nothing of the endpoint.
-        return self._call_link(endpoint, endpoint.connect(deadline), payload, deadline)
+        return self._call_link(endpoint, endpoint.connect(deadline, began), payload, deadline)
 
     def _call_link(self, endpoint: _Endpoint, link: Any, payload: bytes, deadline: int) -> Response:
         left = deadline - time.monotonic_ns()
@@ -493,7 +494,7 @@ class _Endpoint:
         self._lock = threading.Lock()
         self._closed = False
         self._id = ""
-        self._failures = 0
+        self._failed_at = float("-inf")
         self._rest = 0.0
         self._rests_until = 0.0
 
@@ -507,19 +508,19 @@ class _Endpoint:
         """Whether it could not be reached lately: others go first."""
         return self.link is None and time.monotonic() < self._rests_until
 
-    def connect(self, deadline: int) -> Any:
+    def connect(self, deadline: int, since: float | None = None) -> Any:
         """The connection, made if there is none. Raises Unavailable, not_run, also when the deadline passes.
 
-        Who waited while another call's attempt failed does not make one more.
+        Another call's attempt that has failed since that time (monotonic; by default now) counts for this one as well.
         """
-        failures = self._failures
+        since = time.monotonic() if since is None else since
         if not self._lock.acquire(timeout=max(0.0, (deadline - time.monotonic_ns()) / _NS)):
             raise self._unreachable("no connection within the call's deadline")
         try:
             if self._closed:
                 raise _closed()
             if self.link is None:
-                if self._failures != failures:
+                if self._failed_at >= since:
                     raise self._unreachable("another call could not reach it either")
                 connection = self._reach(deadline)
                 connection.settimeout(None)
@@ -537,7 +538,7 @@ class _Endpoint:
         try:
             connection = self.socket(deadline)
         except Unavailable:
-            self._failures += 1
+            self._failed_at = time.monotonic()
             self.rest()
             raise
         self.reached()

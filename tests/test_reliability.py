@@ -148,7 +148,7 @@ def test_many_callers_make_one_attempt_at_a_dead_provider(config: MprpcConfig, m
     """Each caller that had waited for the connection tried again, and each doubled the rest, up to half a minute."""
     threads = 8
     attempts: list[str] = []
-    waiting, refused = threading.Barrier(threads + 1), threading.Event()
+    waiting, refused, began = threading.Barrier(threads + 1), threading.Event(), time.monotonic()
     endpoint = mprpc.channel._Endpoint(dead_address(), False, config)
     connect = endpoint.socket
 
@@ -172,6 +172,8 @@ def test_many_callers_make_one_attempt_at_a_dead_provider(config: MprpcConfig, m
     refused.set()
     for each in callers:
         each.join(PATIENCE)
+    with pytest.raises(mprpc.Unavailable):  # whose call began before: it had chosen the endpoint already
+        endpoint.connect(2**62, began)
     assert len(attempts) == 1
     assert endpoint.resting()
     assert 0.0 < endpoint._rest < 0.15
