@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import generated
-
 from mprpc import MprpcChannel, MprpcConfig, RpcProvider
 
 user_pb2 = generated.module("user_pb2")

@@ -18,11 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import generated
 import pytest
+from kazoo.client import KazooClient
+
+import generated
 import services
 import wire
-from kazoo.client import KazooClient
+from mprpc import MprpcChannel, MprpcConfig, MprpcController, RpcProvider, Status, Unavailable
+from mprpc.embedded_zookeeper import Clock
+from mprpc.testing import EmbeddedZooKeeper
 from services import REQUEST
 from zookeeper_server import (  # noqa: F401
     RealZooKeeper,
@@ -32,10 +36,6 @@ from zookeeper_server import (  # noqa: F401
     shared_real_zookeeper,
     zookeeper,
 )
-
-from mprpc import MprpcChannel, MprpcConfig, MprpcController, RpcProvider, Status, Unavailable
-from mprpc.embedded_zookeeper import Clock
-from mprpc.testing import EmbeddedZooKeeper
 
 if TYPE_CHECKING:
     from typing_extensions import Self

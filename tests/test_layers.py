@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import generated
 import pytest
+
+import generated
 
 PACKAGE = generated.ROOT / "mprpc"
 

@@ -16,9 +16,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import generated
 import pytest
 from google.protobuf.internal import api_implementation
+
+import generated
 
 ROOT = generated.ROOT
 TOP = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", "test.conf")

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-import generated
 import pytest
+
+import generated
 import services
 import wire
-from services import LoginResponse
-
 from mprpc import MprpcChannel, MprpcConfig, MprpcController, ResourceExhausted, RpcProvider, Status, Unavailable
+from services import LoginResponse
 
 user_pb2 = generated.module("user_pb2")
 
