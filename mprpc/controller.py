@@ -10,6 +10,8 @@ Most calls touch none of this, so an instance starts without an attribute of its
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["MprpcController"]
 
 _log = logging.getLogger("mprpc.controller")
+
+_cancelling = threading.Lock()  # of all controllers' _canceled and _on_cancel: a handler's thread and the loop's meet
 
 
 class MprpcController:
@@ -87,14 +91,17 @@ class MprpcController:
 
         It runs on the thread of the provider's loop, or on this one, and must not block.
         """
-        if self._canceled:
+        with _cancelling:
+            canceled = self._canceled
+            if not canceled:
+                self._on_cancel = (*self._on_cancel, callback)
+        if canceled:
             callback()
-        else:
-            self._on_cancel = (*self._on_cancel, callback)
 
     def _cancel(self) -> None:
-        self._canceled = True
-        callbacks, self._on_cancel = self._on_cancel, ()
+        with _cancelling:
+            self._canceled = True
+            callbacks, self._on_cancel = self._on_cancel, ()
         for callback in callbacks:
             try:
                 callback()
@@ -136,3 +143,11 @@ class MprpcController:
     def __repr__(self) -> str:
         state: Any = f"{self._status.name}: {self._text}" if self.failed() else "OK"
         return f"<{type(self).__name__} {state}>"
+
+
+def _after_fork() -> None:
+    global _cancelling
+    _cancelling = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -416,9 +416,9 @@ class _Loop:
         else:
             lib.mprpc_loop_reply(self.handle, i, reply, len(reply))
 
-    def _fail(self, i: int, error: RpcError) -> None:
+    def _fail(self, i: int, error: RpcError, not_run: bool = False) -> None:
         text = error.text.encode(errors="replace")
-        lib.mprpc_loop_fail(self.handle, i, error.status, False, text, len(text), error.details, len(error.details))
+        lib.mprpc_loop_fail(self.handle, i, error.status, not_run, text, len(text), error.details, len(error.details))
 
     def _settle(self, i: int, entry: MethodEntry, controller: _ServerController, response: Any) -> None:
         if controller.failed():
@@ -428,10 +428,17 @@ class _Loop:
             finish = self._detach(i, entry, controller)
             response.add_done_callback(lambda future: finish(*_outcome(future)))
         elif hasattr(response, "__await__"):
-            finish = self._detach(i, entry, controller)
-            self._coroutines().run(response, controller, finish)
+            self._run_coroutine(i, entry, controller, response)
         else:
             self._fail(i, _wrong_type(entry, response))
+
+    def _run_coroutine(self, i: int, entry: MethodEntry, controller: _ServerController, response: Any) -> None:
+        coroutines = self._coroutines()
+        if coroutines.is_full():
+            _discard(response)
+            self._fail(i, RpcError(Status.RESOURCE_EXHAUSTED, "too many async handlers are under way"), not_run=True)
+        else:
+            coroutines.run(response, controller, self._detach(i, entry, controller))
 
     def _detach(
         self, i: int, entry: MethodEntry, controller: _ServerController
