@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz clean zookeeper-kazoo zookeeper-differential
+.PHONY: help build demo test check bench fuzz clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -63,3 +63,17 @@ bench: ## mprpc beside raw sockets, a hand-written loop, Thrift and gRPC: a minu
 	$(MAKE) --no-print-directory EXTRAS=bench build
 	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-columns=median,min,iqr
 	$(BIN)/python tests/bench --quick
+
+rolling: build ## 200 rolling restarts and 100 deaths of providers under load (7 minutes, real ZooKeeper)
+	$(BIN)/python tests/reliability rolling
+	$(BIN)/python tests/reliability kill
+
+faults: build ## 300 faults of ZooKeeper under load, then 90 s without it (14 minutes, real ZooKeeper)
+	$(BIN)/python tests/reliability faults
+	$(BIN)/python tests/reliability outage
+
+herd: build ## 300 consumers and 200 providers lose ZooKeeper's leader (a minute, real ZooKeeper)
+	$(BIN)/python tests/reliability herd
+
+cycles: build ## 500 starts and stops with ZooKeeper up, down and silent (3 minutes, real ZooKeeper)
+	$(BIN)/python tests/reliability cycles

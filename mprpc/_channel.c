@@ -27,6 +27,7 @@ enum {
     EVENTS = 32,
 };
 static const uint64_t MS = 1000000;
+static const uint64_t AIR = 500000000; /* ns after which a wait shows itself: a signal just before it ended nothing */
 static const uint64_t IDLE = 1000000;    /* ns after which the peer may have gone: look before writing */
 
 /* ---- sleeping: a futex, because a signal ends its wait, which a condition variable's it does not ---- */
@@ -45,11 +46,11 @@ static void wake(struct mprpc_link *k, struct mprpc_call *c)
 }
 
 /* The mutex is held before and after, not meanwhile. 1: a signal came. */
-static int sleep_on(struct mprpc_link *k, struct mprpc_call *c)
+static int sleep_on(struct mprpc_link *k, struct mprpc_call *c, uint64_t end)
 {
 #ifdef __linux__
     uint32_t seen = atomic_load(&c->signal);
-    struct timespec until = {(time_t)(c->deadline / UINT64_C(1000000000)), (long)(c->deadline % UINT64_C(1000000000))};
+    struct timespec until = {(time_t)(end / UINT64_C(1000000000)), (long)(end % UINT64_C(1000000000))};
 
     c->asleep = 1;
     pthread_mutex_unlock(&k->mutex);
@@ -59,6 +60,7 @@ static int sleep_on(struct mprpc_link *k, struct mprpc_call *c)
     c->asleep = 0;
     return interrupted;
 #else
+    (void)end;
     struct timespec until; /* in slices, each of which lets Python look at its signals */
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_nsec += 50 * (long)MS;
@@ -387,21 +389,23 @@ static void leave(struct mprpc_link *k)
 /* With the mutex held; gives it back. */
 static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
 {
+    uint64_t now = mprpc_clock(), air = now + AIR, end = c->deadline < air ? c->deadline : air;
     int interrupted = 0;
 
     c->away = 0;
-    while (c->pending && !interrupted) {
-        uint64_t now = mprpc_clock();
+    for (; c->pending && !interrupted; now = mprpc_clock()) {
         if (now >= c->deadline) {
             mprpc_session_forget(&k->session, c->id);
             mprpc_link_drop(k, c);
             c->outcome = MPRPC_CALL_TIMEOUT;
+        } else if (now >= air) {
+            interrupted = 1;
         } else if (!k->reading || (k->boxed && !k->owned)) { /* the mailbox's thread may be busy with its mail */
-            interrupted = read_once(k, c->deadline - now);
+            interrupted = read_once(k, end - now);
         } else if (k->out.size && !k->writing) {
-            interrupted = write_once(k, c->deadline - now);
+            interrupted = write_once(k, end - now);
         } else {
-            interrupted = sleep_on(k, c);
+            interrupted = sleep_on(k, c, end);
         }
     }
     c->away = c->pending;

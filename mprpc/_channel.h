@@ -13,7 +13,7 @@ enum mprpc_outcome {
     MPRPC_CALL_FAILED = -1,      /* the provider says so: status, not_run, text, details */
     MPRPC_CALL_TIMEOUT = -2,     /* the deadline passed; a late answer reaches nobody */
     MPRPC_CALL_BROKEN = -3,      /* the connection ended: reason (errno above 0, mprpc_why below), sent */
-    MPRPC_CALL_INTERRUPTED = -4, /* a signal came: mprpc_link_wait goes on, mprpc_link_forget gives up */
+    MPRPC_CALL_INTERRUPTED = -4, /* a signal may have come: mprpc_link_wait goes on, mprpc_link_forget gives up */
     MPRPC_CALL_FULL = -5,        /* MPRPC_CALLS_MAX calls are in flight, or no memory; nothing was sent */
 };
 enum { MPRPC_LINK_END = -60, MPRPC_LINK_CLOSED = -61, MPRPC_LINK_GOAWAY = -62 }; /* reasons of this side */

@@ -1056,7 +1056,10 @@ static void end_all(struct mprpc_loop *l)
     }
     for (uint32_t i = 0; i < l->room; i++) {
         struct connection *c = l->connections[i];
-        if (!c || c->ended)
+        if (c && !c->ended && c->session.dialect == MPRPC_UNKNOWN && !c->waiting && !c->peer_end &&
+            l->arena_size <= ARENA_FULL)
+            readable(l, c); /* a request that is there is told that it never ran */
+        if (!(c = l->connections[i]) || c->ended)
             continue;
         if (c->session.dialect == MPRPC_FRAMED)
             end(l, c);

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 from kazoo.client import KazooClient
-from zookeeper_server import ZooKeeper, shared_real_zookeeper, zookeeper  # noqa: F401
 
 from mprpc import administration
 from mprpc.administration import Override, describe, set_override
 from mprpc.config import MprpcConfig
 from mprpc.errors import Unavailable
 from mprpc.registry import Registration, Registry
+from zookeeper_server import ZooKeeper, shared_real_zookeeper, zookeeper  # noqa: F401
 
 SERVICE = "fixbug.UserServiceRpc"
 PATH = f"/mprpc/{SERVICE}"

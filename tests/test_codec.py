@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import frames
-import generated
 import pytest
-from frames import Frame, framed, scalar, span, varint
 from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import frames
+import generated
+from frames import Frame, framed, scalar, span, varint
 from mprpc._native import ffi, lib
 
 RpcHeader = generated.module("rpcheader_pb2").RpcHeader

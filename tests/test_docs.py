@@ -41,11 +41,9 @@ def test_the_readmes_service_answers_its_consumer(tmp_path: Path) -> None:
     generated.run_protoc(f"-I{tmp_path}", f"--python_out={tmp_path}", f"--mprpc_out={tmp_path}", "hello.proto")
     provider, consumer = blocks("README.md", "python")
     where = f'zookeeperip="127.0.0.1", zookeeperport={free_port()}'
-    (tmp_path / "provider.py").write_text(
-        provider.replace('zookeeperip="127.0.0.1"', where).replace("=8000", "=0").replace(
-            "provider.run()", "provider.start()\nprovider.wait_registered(10) and print('ready', flush=True)\nprovider.run()"
-        )
-    )
+    ready = "provider.start()\nprovider.wait_registered(10) and print('ready', flush=True)\nprovider.run()"
+    provider = provider.replace('zookeeperip="127.0.0.1"', where).replace("=8000", "=0")
+    (tmp_path / "provider.py").write_text(provider.replace("provider.run()", ready))
     (tmp_path / "consumer.py").write_text(consumer.replace('zookeeperip="127.0.0.1"', where))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -55,7 +53,12 @@ def test_the_readmes_service_answers_its_consumer(tmp_path: Path) -> None:
             assert serving.stdout is not None
             assert serving.stdout.readline() == "ready\n"
             called = subprocess.run(
-                [sys.executable, "consumer.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30
+                [sys.executable, "consumer.py"],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=30,
             )
         finally:
             serving.terminate()
@@ -67,6 +70,6 @@ def test_the_readmes_service_answers_its_consumer(tmp_path: Path) -> None:
 def test_every_link_and_target_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {name for name in re.findall(r"`?make ([a-z-]+)", text)} <= targets
+    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-import zookeeper_differential as differential
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kazoo.client import KazooClient, KazooState
@@ -37,6 +36,14 @@ from kazoo.exceptions import (
     SessionExpiredError,
 )
 from kazoo.security import make_acl, make_digest_acl
+
+import mprpc
+import zookeeper_differential as differential
+from mprpc.embedded_zookeeper import Clock, Code, EmbeddedZooKeeperServer, Limits, Op, answering, start_unless_answering
+from mprpc.embedded_zookeeper.acl import digest_identity, permitted, resolve
+from mprpc.embedded_zookeeper.protocol import AclEntry, ZooKeeperError
+from mprpc.embedded_zookeeper.tree import Tree, Txn
+from mprpc.testing import EmbeddedZooKeeper, embedded_zookeeper  # noqa: F401
 from zookeeper_differential import OPEN, Answer, Client, Entries, Server, acl_list, buffer, framed, string, strings
 from zookeeper_server import (
     TICK_MS,
@@ -47,13 +54,6 @@ from zookeeper_server import (
     shared_real_zookeeper,  # noqa: F401
     zookeeper,  # noqa: F401
 )
-
-import mprpc
-from mprpc.embedded_zookeeper import Clock, Code, EmbeddedZooKeeperServer, Limits, Op, answering, start_unless_answering
-from mprpc.embedded_zookeeper.acl import digest_identity, permitted, resolve
-from mprpc.embedded_zookeeper.protocol import AclEntry, ZooKeeperError
-from mprpc.embedded_zookeeper.tree import Tree, Txn
-from mprpc.testing import EmbeddedZooKeeper, embedded_zookeeper  # noqa: F401
 
 SECONDS = 10.0
 """How long a test waits for what must come; it comes at once."""

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generated
 import pytest
 from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
 from google.protobuf.internal import api_implementation
 
+import generated
 import mprpc
 from mprpc import plugin
 

@@ -19,6 +19,14 @@ from pathlib import Path
 import pytest
 from kazoo.client import KazooClient
 from kazoo.exceptions import NoAuthError, NotEmptyError
+
+import mprpc.registry as registry_module
+from mprpc.config import MprpcConfig
+from mprpc.embedded_zookeeper import Clock
+from mprpc.errors import ConfigError, ResourceExhausted, Status, Unavailable
+from mprpc.registry import MAX_JOBS, Registration, Registry, ServiceView, Snapshot, advertised_address, connect_probe
+from mprpc.testing import Code, EmbeddedZooKeeper, Op
+from mprpc.zookeeper_client import kazoo_options
 from zookeeper_server import (  # noqa: F401
     RealEnsemble,
     RealZooKeeper,
@@ -29,14 +37,6 @@ from zookeeper_server import (  # noqa: F401
     shared_real_zookeeper,
     zookeeper,
 )
-
-import mprpc.registry as registry_module
-from mprpc.config import MprpcConfig
-from mprpc.embedded_zookeeper import Clock
-from mprpc.errors import ConfigError, ResourceExhausted, Status, Unavailable
-from mprpc.registry import MAX_JOBS, Registration, Registry, ServiceView, Snapshot, advertised_address, connect_probe
-from mprpc.testing import Code, EmbeddedZooKeeper, Op
-from mprpc.zookeeper_client import kazoo_options
 
 SERVICE = "fixbug.UserServiceRpc"
 METHODS = ("Login", "Register")

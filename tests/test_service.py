@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, cast
 
-import generated
 import pytest
 
+import generated
 from mprpc.errors import RpcError, Status
 from mprpc.service import MethodEntry, Reply, Service, attribute_of, methods_of
 

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import frames
 import pytest
-from frames import Frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import frames
+from frames import Frame
 from mprpc._native import ffi, lib
 
 NOW = 1_000_000_000

@@ -472,9 +472,8 @@ def _run(step: Step, clients: list[Client]) -> tuple[object, list[list[tuple[obj
 @contextlib.contextmanager
 def fresh_servers() -> Iterator[tuple[int, int]]:
     """The ports of an empty embedded server and an empty real one."""
-    from zookeeper_server import RealZooKeeper
-
     from mprpc.embedded_zookeeper import EmbeddedZooKeeperServer
+    from zookeeper_server import RealZooKeeper
 
     with EmbeddedZooKeeperServer(port=0, tick_ms=500) as embedded, RealZooKeeper() as real:
         yield embedded.port, real.port

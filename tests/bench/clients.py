@@ -88,11 +88,11 @@ def epoll_pb_request() -> bytes:
 class Mprpc(Client):
     def __init__(self, port: int) -> None:
         import bench_pb2
-        import user_pb2
         from bench_mprpc import BenchRpc_Stub
-        from user_mprpc import UserServiceRpc_Stub
 
+        import user_pb2
         from mprpc import MprpcChannel
+        from user_mprpc import UserServiceRpc_Stub
 
         channel = MprpcChannel(f"127.0.0.1:{port}")
         users, bench = UserServiceRpc_Stub(channel), BenchRpc_Stub(channel)
@@ -106,6 +106,7 @@ class Grpcio(Client):
     def __init__(self, port: int) -> None:
         import bench_pb2
         import grpc
+
         import user_pb2
 
         channel = grpc.insecure_channel(f"127.0.0.1:{port}")
@@ -123,6 +124,7 @@ class GrpcioAio(Client):
 
         import bench_pb2
         import grpc
+
         import user_pb2
 
         self.run = asyncio.new_event_loop().run_until_complete
@@ -157,6 +159,7 @@ class GrpcioAio(Client):
 
 def grpc_methods(channel: Any) -> tuple[Any, Any]:
     import bench_pb2
+
     import user_pb2
 
     return (

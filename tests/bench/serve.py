@@ -32,11 +32,11 @@ def raw_python(options: argparse.Namespace) -> None:
 
 def mprpc(options: argparse.Namespace) -> None:
     import bench_pb2
-    import user_pb2
     from bench_mprpc import BenchRpc
-    from user_mprpc import UserServiceRpc
 
+    import user_pb2
     from mprpc import MprpcConfig, MprpcController, RpcProvider
+    from user_mprpc import UserServiceRpc
 
     class Users(UserServiceRpc):
         def Login(self, request: user_pb2.LoginRequest, controller: MprpcController) -> user_pb2.LoginResponse:
@@ -102,6 +102,7 @@ def grpc_handlers(login: Callable[..., Any], echo: Callable[..., Any]) -> tuple[
     """Generic handlers: generated gRPC code would add nothing but a dependency."""
     import bench_pb2
     import grpc
+
     import user_pb2
 
     def unary(handler: Callable[..., Any], request: Any, response: Any) -> Any:

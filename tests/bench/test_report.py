@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
 from modes import figures
 from picture import PANELS, SYSTEMS, draw
 from report import BASIS, TARGETS, Target, history, ratios, regressions, table

@@ -3,10 +3,9 @@
 import asyncio
 from concurrent.futures import Future
 
+import mprpc
 import user_mprpc
 import user_pb2
-
-import mprpc
 
 
 class Plain(user_mprpc.UserServiceRpc):

@@ -1,9 +1,8 @@
 """What mypy --strict refuses: every wrong line ignores the one error that it must be."""
 
+import mprpc
 import user_mprpc
 import user_pb2
-
-import mprpc
 
 
 class WrongRequest(user_mprpc.UserServiceRpc):
