@@ -88,9 +88,8 @@ def epoll_pb_request() -> bytes:
 class Mprpc(Client):
     def __init__(self, port: int) -> None:
         import bench_pb2
-        from bench_mprpc import BenchRpc_Stub
-
         import user_pb2
+        from bench_mprpc import BenchRpc_Stub
         from mprpc import MprpcChannel
         from user_mprpc import UserServiceRpc_Stub
 
@@ -104,9 +103,9 @@ class Mprpc(Client):
 
 class Grpcio(Client):
     def __init__(self, port: int) -> None:
-        import bench_pb2
         import grpc
 
+        import bench_pb2
         import user_pb2
 
         channel = grpc.insecure_channel(f"127.0.0.1:{port}")
@@ -122,9 +121,9 @@ class GrpcioAio(Client):
     def __init__(self, port: int) -> None:
         import asyncio
 
-        import bench_pb2
         import grpc
 
+        import bench_pb2
         import user_pb2
 
         self.run = asyncio.new_event_loop().run_until_complete
@@ -159,7 +158,6 @@ class GrpcioAio(Client):
 
 def grpc_methods(channel: Any) -> tuple[Any, Any]:
     import bench_pb2
-
     import user_pb2
 
     return (

@@ -13,7 +13,6 @@ import struct
 import threading
 
 import bench_pb2
-
 import user_pb2
 
 LOGIN, ECHO = 0, 1

@@ -32,9 +32,8 @@ def raw_python(options: argparse.Namespace) -> None:
 
 def mprpc(options: argparse.Namespace) -> None:
     import bench_pb2
-    from bench_mprpc import BenchRpc
-
     import user_pb2
+    from bench_mprpc import BenchRpc
     from mprpc import MprpcConfig, MprpcController, RpcProvider
     from user_mprpc import UserServiceRpc
 
@@ -100,9 +99,9 @@ def echo(request: Any, context: Any = None) -> Any:
 
 def grpc_handlers(login: Callable[..., Any], echo: Callable[..., Any]) -> tuple[Any, ...]:
     """Generic handlers: generated gRPC code would add nothing but a dependency."""
-    import bench_pb2
     import grpc
 
+    import bench_pb2
     import user_pb2
 
     def unary(handler: Callable[..., Any], request: Any, response: Any) -> Any:

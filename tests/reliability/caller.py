@@ -20,7 +20,6 @@ from typing import Any
 
 import ledger_mprpc
 import ledger_pb2
-
 import mprpc.channel
 from mprpc import MprpcChannel, MprpcConfig, RpcError
 from mprpc.probe import probe

@@ -20,7 +20,6 @@ from typing import Any
 
 import ledger_mprpc
 import ledger_pb2
-
 import mprpc.probe
 import mprpc.registry  # noqa: F401, with kazoo below: imported before the start is timed
 from mprpc import MprpcConfig, RpcProvider
