@@ -162,8 +162,9 @@ class AsyncUnaryCall(Generic[Request, Response]):
         else:
             run = asyncio.get_running_loop().run_in_executor
             made = await run(None, UnaryCall, channel, self._method, self._response_class)
-        self._made = made
-        return made
+        if self._made is None:  # callers at the same time go on with one: what looks for a provider is shared by it
+            self._made = made
+        return self._made
 
     async def _go_round(
         self,

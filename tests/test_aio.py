@@ -381,7 +381,8 @@ def test_discovery_does_not_block_the_event_loop(run: Run) -> None:
                 await asyncio.sleep(0.005)
                 now = loop.time()
                 longest, last = max(longest, now - last), now
-            assert longest < 0.2
+            assert longest < 0.4  # an import may hold the interpreter's lock; ZooKeeper's silence lasts longer
+            assert sum(thread.name == "mprpc-find" for thread in threading.enumerate()) <= 2  # shared by all
             assert not any(call.done() for call in calls)
             assert isinstance(hasty.exception(), Unavailable)
             release.set()
