@@ -11,6 +11,7 @@
 #include "_link.h"
 
 static const uint64_t NEVER = UINT64_MAX;
+enum { EAGER = 2048 }; /* bytes of held frames that are written at once, so that the provider works while more are made */
 
 struct batch {
     struct mprpc_bytes mail, bytes;
@@ -20,32 +21,44 @@ struct mprpc_mailbox {
     pthread_mutex_t links_mutex; /* taken before a link's mutex; of first and left */
     struct mprpc_link *first;
     int left; /* its owner has freed it: it goes with the last link */
-    pthread_mutex_t mutex; /* taken after a link's mutex; of filling, mails and called */
+    pthread_mutex_t mutex; /* taken after a link's mutex; of what follows */
     struct batch filling;
     size_t mails; /* calls in flight, for each of which filling has room */
-    int called;   /* its thread will look again */
-    struct batch taken; /* of the thread that takes */
+    int called;   /* its thread shall look again */
+    int asleep;   /* it sits in poll: a byte in the pipe wakes it; awake it needs none, that saves two system calls */
+    int woken;    /* it shall return */
+    /* end; what follows is the thread's */
+    struct batch taken;
+    struct pollfd *fds;
+    size_t room;
     int wake[2];
     pid_t pid;
 };
 
 /* ---- mail ---- */
 
-void mprpc_mailbox_call(struct mprpc_mailbox *box)
+static void call(struct mprpc_mailbox *box, int woken)
 {
     pthread_mutex_lock(&box->mutex);
-    int called = box->called;
+    int asleep = box->asleep;
     box->called = 1;
+    box->asleep = 0;
+    box->woken |= woken;
     pthread_mutex_unlock(&box->mutex);
-    if (!called) {
+    if (asleep) {
         ssize_t n = write(box->wake[1], "", 1);
         (void)n;
     }
 }
 
+void mprpc_mailbox_call(struct mprpc_mailbox *box)
+{
+    call(box, 0);
+}
+
 void mprpc_mailbox_wake(struct mprpc_mailbox *box)
 {
-    mprpc_mailbox_call(box);
+    call(box, 1);
 }
 
 void mprpc_mail(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome, const struct mprpc_frame *f)
@@ -146,6 +159,7 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
     c->token = token;
     pthread_mutex_lock(&k->mutex);
     uint64_t expiry = k->expiry;
+    size_t held = k->out.size;
     id = mprpc_link_send(k, c, names, names_size, payload, size, timeout,
                          hold && (k->owned || k->session.in_flight));
     if (id < 0) {
@@ -154,6 +168,8 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
         free(c);
         expect_less(k->box);
     } else { /* it may have died of being sent: then its mail is there */
+        if (held < EAGER && k->out.size >= EAGER && !k->dead)
+            mprpc_link_flush(k);
         settle(k);
         if (!k->owned && (k->out.size || k->expiry < expiry))
             mprpc_mailbox_call(k->box);
@@ -229,23 +245,26 @@ int mprpc_link_descriptor(const struct mprpc_link *k)
 /* ---- the mailbox's thread ---- */
 
 /* What to poll, and until when. Where a caller reads, the writing and the deadlines are still this thread's. */
-static size_t gather(struct mprpc_mailbox *box, struct pollfd **fds, uint64_t *until)
+static size_t gather(struct mprpc_mailbox *box, uint64_t *until)
 {
     size_t n = 1, room = 1;
 
     for (struct mprpc_link *k = box->first; k; k = k->mailed.after)
         room++;
-    struct pollfd *p = malloc(room * sizeof *p);
-    *fds = p;
+    if (room > box->room) {
+        struct pollfd *more = realloc(box->fds, room * 2 * sizeof *more);
+        box->fds = more ? more : box->fds;
+        box->room = more ? room * 2 : box->room;
+    }
     for (struct mprpc_link *k = box->first; k; k = k->mailed.after) {
         k->mailed.polled = 0;
         pthread_mutex_lock(&k->mutex);
         settle(k);
         if (k->mails && !k->dead)
             mprpc_link_flush(k); /* it may die of it */
-        if (p && k->mails && !k->dead && !k->owned) {
+        if (n < box->room && k->mails && !k->dead && !k->owned) {
             short events = (short)((k->boxed ? POLLIN : 0) | (k->out.size && !k->writing ? POLLOUT : 0));
-            p[k->mailed.polled = n++] = (struct pollfd){events ? k->fd : -1, events, 0};
+            box->fds[k->mailed.polled = n++] = (struct pollfd){events ? k->fd : -1, events, 0};
             *until = k->expiry < *until ? k->expiry : *until;
         }
         pthread_mutex_unlock(&k->mutex);
@@ -265,46 +284,63 @@ static void serve(struct mprpc_link *k, short events, uint64_t now)
     pthread_mutex_unlock(&k->mutex);
 }
 
-static int has_mail(struct mprpc_mailbox *box, int *called)
+/* Whether there is a reason not to sleep; else the thread is asleep from now on. */
+static int busy(struct mprpc_mailbox *box)
 {
     pthread_mutex_lock(&box->mutex);
-    int has = box->filling.mail.size > 0;
-    *called = box->called;
-    box->called = 0;
+    int is = box->filling.mail.size || box->called || box->woken;
+    box->asleep = !is;
     pthread_mutex_unlock(&box->mutex);
-    return has;
+    return is;
 }
 
-int mprpc_mailbox_wait(struct mprpc_mailbox *box, uint64_t timeout)
+enum { NOTHING, MAIL, WOKEN };
+
+static int awake(struct mprpc_mailbox *box)
 {
-    uint64_t now = mprpc_clock(), until = timeout > NEVER - now ? NEVER : now + timeout, due = until;
-    struct pollfd *fds;
-    int called;
+    pthread_mutex_lock(&box->mutex);
+    box->asleep = 0;
+    int what = box->filling.mail.size ? MAIL : box->woken ? WOKEN : NOTHING;
+    box->woken = 0;
+    pthread_mutex_unlock(&box->mutex);
+    return what;
+}
+
+static int look(struct mprpc_mailbox *box, uint64_t until)
+{
     char drop[64];
 
+    pthread_mutex_lock(&box->mutex);
+    box->called = 0; /* whatever it was about is gathered now */
+    pthread_mutex_unlock(&box->mutex);
     pthread_mutex_lock(&box->links_mutex);
-    size_t n = gather(box, &fds, &due);
+    size_t n = gather(box, &until);
     pthread_mutex_unlock(&box->links_mutex);
-    struct pollfd only = {box->wake[0], POLLIN, 0}, *p = fds ? fds : &only;
-    p[0] = only;
-    if (has_mail(box, &called))
-        due = 0; /* what is there is given at once, with what has come meanwhile */
-    uint64_t left = due <= now ? 0 : due - now, ms = (left + 999999) / 1000000;
-    poll(p, fds ? (nfds_t)n : 1, called || ms == 0 ? 0 : ms > 3600000 ? 3600000 : (int)ms);
-    if (p[0].revents)
+    struct pollfd only, *fds = box->fds ? box->fds : &only;
+    fds[0] = (struct pollfd){box->wake[0], POLLIN, 0};
+    uint64_t now = mprpc_clock(), left = until <= now ? 0 : until - now, ms = (left + 999999) / 1000000;
+    poll(fds, (nfds_t)n, busy(box) || ms == 0 ? 0 : ms > 3600000 ? 3600000 : (int)ms);
+    if (fds[0].revents)
         while (read(box->wake[0], drop, sizeof drop) == sizeof drop)
             continue;
     now = mprpc_clock();
     pthread_mutex_lock(&box->links_mutex);
     for (struct mprpc_link *k = box->first; k; k = k->mailed.after)
-        if (fds && k->mailed.polled)
+        if (k->mailed.polled)
             serve(k, fds[k->mailed.polled].revents, now);
     pthread_mutex_unlock(&box->links_mutex);
-    free(fds);
-    pthread_mutex_lock(&box->mutex);
-    int has = box->filling.mail.size > 0;
-    pthread_mutex_unlock(&box->mutex);
-    return has;
+    return awake(box);
+}
+
+int mprpc_mailbox_wait(struct mprpc_mailbox *box, uint64_t timeout)
+{
+    uint64_t now = mprpc_clock(), until = timeout > NEVER - now ? NEVER : now + timeout;
+    int what;
+
+    do
+        what = look(box, until);
+    while (what == NOTHING && mprpc_clock() < until);
+    return what == MAIL;
 }
 
 /* ---- birth and death ---- */
@@ -331,6 +367,7 @@ static void bury(struct mprpc_mailbox *box)
 {
     close(box->wake[0]);
     close(box->wake[1]);
+    free(box->fds);
     mprpc_bytes_free(&box->filling.mail);
     mprpc_bytes_free(&box->filling.bytes);
     mprpc_bytes_free(&box->taken.mail);

@@ -60,6 +60,8 @@ _IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
 _REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
 _CLASSIC_CHUNK = 65536  # bytes of a classic response taken at once
 
+_start_future: Any = None  # of mprpc.futures, which is imported when it is used
+
 # Calls' state in C, used again and again; as many as there were calls at the same time.
 _slots: list[tuple[Any, Any]] = []
 
@@ -288,9 +290,11 @@ class UnaryCall(Generic[Request, Response]):
         It is a `concurrent.futures.Future`; `cancel()` tells the provider. Raises ResourceExhausted when the key
         `max_pending` such calls of this process are in flight and none ends within this call's deadline.
         """
-        from mprpc.futures import start_future
-
-        return start_future(self, request, timeout, controller)
+        global _start_future
+        if _start_future is None:  # once: an import statement that finds all there still costs half a microsecond
+            from mprpc.futures import start_future as _start_future
+        future: CallFuture[Response] = _start_future(self, request, timeout, controller)
+        return future
 
     def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
         own = controller.timeout

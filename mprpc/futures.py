@@ -20,12 +20,12 @@ import os
 import struct
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, TimeoutError  # on 3.10 not the built-in one
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
@@ -56,61 +56,123 @@ assert MAIL.size == ffi.sizeof("struct mprpc_mail")
 Mail = tuple[int, int, int, int, int, int, int, int, int]
 
 
+_mutex = threading.RLock()  # of the states of all CallFutures; as_completed() takes it once for each of its own
+
+
 class CallFuture(Future[Response], Generic[Response]):
     """One call under way: a `concurrent.futures.Future` whose `cancel()` tells the provider as well.
 
     Its callbacks run on the process's reader thread and must not wait for other futures. Any thread.
     """
 
+    # A condition of its own, as Future.__init__ makes one, costs more than the rest of a call does here. All share this
+    # one, nobody waits on it, and what Future's other methods find of a future is as they expect it.
+    _condition = threading.Condition(_mutex)
+    _state: str = PENDING
+    _result: Response | None = None
+    _exception: BaseException | None = None
+    _payload = b""
+    _weight = 0  # the payload's bytes, as far as they are counted
+    _deadline = 0
+    _token = 0  # its key in _pending or in _queued, another one for each attempt
+    _at: tuple[Any, int] | None = None  # the link and the call_id: read and written as one
+    _endpoint: _Endpoint | None = None
+    _again = False  # the link was an old one: its end says nothing of the endpoint
+    _round: Iterator[_Endpoint] | None = None  # the endpoints that are left to try
+    _problem: RpcError | None = None  # why the last one did not take it
+
     def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
-        super().__init__()
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._call = call
         self._controller = controller
-        self._payload = b""
-        self._weight = 0  # the payload's bytes, as far as they are counted
-        self._deadline = 0
-        self._token = 0  # its key in _pending or in _queued, another one for each attempt
-        self._at: tuple[Any, int] | None = None  # the link and the call_id: read and written as one
-        self._endpoint: _Endpoint | None = None
-        self._again = False  # the link was an old one: its end says nothing of the endpoint
-        self._round: Iterator[_Endpoint] | None = None  # the endpoints that are left to try
-        self._problem: RpcError | None = None  # why the last one did not take it
 
     def cancel(self) -> bool:
         """Gives the call up: CANCEL to the provider, no answer here. False when it has ended already."""
-        with self._condition:  # not Future.cancel: a second one, or one beside it, must find it done
-            if self._state == FINISHED:
-                return False
+        with _mutex:
             if self._state != PENDING:
-                return True
+                return self._state != FINISHED
             self._state = CANCELLED_AND_NOTIFIED
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
-            self._condition.notify_all()
         reader().forget(self)
         if self._controller is not None:
             self._controller._set_error(Cancelled("the caller cancelled the call"))
-        self._invoke_callbacks()  # type: ignore[attr-defined]  # private, but so since the first version
+        self._run_callbacks()
         return True
+
+    def result(self, timeout: float | None = None) -> Response:
+        """The response. Raises what the call failed with, CancelledError, or after `timeout` seconds TimeoutError."""
+        if self._state == PENDING:
+            self._wait(timeout)
+        if self._exception is not None:
+            try:
+                raise self._exception
+            finally:
+                self = None  # type: ignore[assignment]  # as in Future: the traceback must not hold it
+        if self._state != FINISHED:
+            raise CancelledError
+        return self._result  # type: ignore[return-value]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the call failed with, None for a response. Raises CancelledError, or after `timeout` TimeoutError."""
+        if self._state == PENDING:
+            self._wait(timeout)
+        if self._state != FINISHED:
+            raise CancelledError
+        return self._exception
+
+    def _wait(self, timeout: float | None) -> None:
+        waiter = _Waiter()
+        with _mutex:
+            if self._state != PENDING:
+                return
+            self._waiters.append(waiter)
+        if waiter.lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
+            return
+        with _mutex:
+            self._waiters.remove(waiter)
+            if self._state == PENDING:
+                raise TimeoutError
 
     def _end(self, response: Response | None, error: BaseException | None) -> None:
         """Resolves it, unless it has been cancelled."""
-        self._at = self._round = self._problem = None  # a future that is kept must keep no connection
+        self._at = None  # a future that is kept must keep no connection
         self._payload = b""
+        if self._round is not None:
+            self._round = self._problem = None
         if self._weight:
             reader().unload(self)
+        if self._controller is not None and isinstance(error, RpcError) and self._state == PENDING:
+            self._controller._set_error(error)
+            response, error = self._call._response_class(), None
+        with _mutex:
+            if self._state != PENDING:
+                return
+            self._result, self._exception, self._state = response, error, FINISHED
+            for waiter in self._waiters:
+                waiter.add_result(self) if error is None else waiter.add_exception(self)
+        if self._done_callbacks:
+            self._run_callbacks()
+
+    def _run_callbacks(self) -> None:
         try:
-            if self._controller is not None and isinstance(error, RpcError) and not self.done():
-                self._controller._set_error(error)
-                self.set_result(self._call._response_class())
-            elif error is not None:
-                self.set_exception(error)
-            else:
-                self.set_result(response)  # type: ignore[arg-type]  # one of the two is there
-        except InvalidStateError:
-            _log.debug("%s was cancelled while its answer came", self._call._method.full_name)
+            self._invoke_callbacks()  # type: ignore[attr-defined]  # private, but so since the first version
         except BaseException:  # SystemExit and such; of Exceptions Future itself makes a line in the log
             _log.exception("a callback of a future of %s failed", self._call._method.full_name)
+
+
+class _Waiter:
+    """One thread in result(); concurrent.futures has others for wait() and as_completed()."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    def add_result(self, future: object) -> None:
+        self.lock.release()
+
+    add_exception = add_cancelled = add_result
 
 
 class Mailbox:
@@ -276,25 +338,26 @@ class _Reader:
             return self._thread is None
 
     def _deliver(self) -> None:
-        mail, data = self._box.take()
+        mails, data = self._box.take()
         pending = self._pending
-        for each in MAIL.iter_unpack(mail):
-            future = pending.pop(each[0], None)
-            if future is not None:
-                self._arrived(future, each, data)
-        self._tell_room()
-
-    def _arrived(self, future: CallFuture[Any], mail: Mail, data: bytes) -> None:
-        call, size, offset = future._call, mail[1], mail[3]
-        if size >= 0:
+        for mail in MAIL.iter_unpack(mails):
+            future = pending.pop(mail[0], None)
+            if future is None:
+                continue  # it was cancelled
+            size, offset = mail[1], mail[3]
+            if size < 0:
+                self._failed(future, mail, data)
+                continue
             try:
-                response = call._parsed(data[offset : offset + size])
-            except RpcError as error:
-                future._end(None, error)
+                response = future._call._parse(data[offset : offset + size])
+            except DecodeError:
+                future._end(None, future._call._bad_response())
             else:
                 future._end(response, None)
-            return
-        at, endpoint = future._at, future._endpoint
+        self._tell_room()
+
+    def _failed(self, future: CallFuture[Any], mail: Mail, data: bytes) -> None:
+        call, at, endpoint = future._call, future._at, future._endpoint
         assert endpoint is not None
         problem = call._mail_error(endpoint, at[0] if at is not None else None, mail, data)
         if not call._may_retry(problem) or future.done() or time.monotonic_ns() >= future._deadline:
@@ -430,7 +493,7 @@ def start_future(
         future._end(None, error)
         return future
     try:
-        reader().start(future, nanoseconds)
+        (_reader or reader()).start(future, nanoseconds)
     except ResourceExhausted as error:
         if controller is None:
             raise
@@ -455,7 +518,9 @@ def reader() -> _Reader:
 
 def _after_fork() -> None:
     """The parent's calls are the parent's: here they never end, and to cancel one must not write to its socket."""
-    global _reader, _reader_lock
+    global _reader, _reader_lock, _mutex
+    _mutex = threading.RLock()
+    CallFuture._condition = threading.Condition(_mutex)
     for future in list(_reader._pending.values()) if _reader is not None else ():
         future._at = None
     _reader, _reader_lock = None, threading.Lock()

@@ -270,6 +270,22 @@ static void a_nearer_deadline_is_kept(void)
     mprpc_mailbox_free(box);
 }
 
+/* A wake-up that comes before the wait, or between two, ends the next one. */
+static void a_wake_up_is_not_lost(void)
+{
+    struct mprpc_mailbox *box = mprpc_mailbox_new();
+    struct peer *p = meet(box);
+
+    MUST(submit(p->link, 1, SILENT, 0, PATIENCE) > 0);
+    for (int i = 0; i < 3; i++) {
+        uint64_t begin = mprpc_clock();
+        mprpc_mailbox_wake(box);
+        MUST(mprpc_mailbox_wait(box, PATIENCE) == 0 && mprpc_clock() - begin < SECOND);
+    }
+    leave(p);
+    mprpc_mailbox_free(box);
+}
+
 /* Two connections that die at once bring all their mail, for which room was set aside. */
 static void death_brings_mail_for_every_call(void)
 {
@@ -408,6 +424,7 @@ int main(void)
     a_submitted_call_is_written_while_a_caller_reads();
     a_submitted_call_expires_while_a_caller_reads();
     a_nearer_deadline_is_kept();
+    a_wake_up_is_not_lost();
     death_brings_mail_for_every_call();
     a_mailbox_outlives_its_owner();
     every_call_of_a_crowd_ends_once();
