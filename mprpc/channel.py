@@ -58,6 +58,7 @@ _LONGEST = 1e9  # seconds; a longer timeout, such as infinity, means this one
 _SMALL = lib.MPRPC_CALL_SMALL
 _IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
 _REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
+_SHARES_MAX = 100  # turns of the heaviest endpoint for one of the lightest; a finer weight is not worth a longer list
 _CLASSIC_CHUNK = 65536  # bytes of a classic response taken at once
 
 _start_future: Any = None  # of mprpc.futures, which is imported when it is used
@@ -622,7 +623,7 @@ class _Fixed:
 
 
 class _Found:
-    """What the registry lists for one method, taken in turn."""
+    """What the registry lists for one method, taken in turn, each as often as its weight says."""
 
     def __init__(self, channel: MprpcChannel, service: ServiceDescriptor, method: str) -> None:
         self._channel = channel
@@ -630,16 +631,17 @@ class _Found:
         self._method = method
         self._view: ServiceView | None = channel._view(service)
         self._seen: Snapshot | None = None
-        self._endpoints: tuple[_Endpoint, ...] = ()
+        self._endpoints: tuple[_Endpoint, ...] = ()  # each once
+        self._turns: tuple[_Endpoint, ...] = ()
         self._turn = count()
 
     def next(self) -> _Endpoint | None:
         if self._view is None or self._view.snapshot is not self._seen:
             self._renew()
-        endpoints = self._endpoints
-        if len(endpoints) == 1:
-            return endpoints[0]
-        return endpoints[next(self._turn) % len(endpoints)] if endpoints else None
+        turns = self._turns
+        if len(turns) == 1:
+            return turns[0]
+        return turns[next(self._turn) % len(turns)] if turns else None
 
     def all(self, deadline: int, first: _Endpoint | None = None) -> tuple[_Endpoint, ...]:
         """Every endpoint once, from `first` or else the next in turn; waits for the first list. Raises Unavailable
@@ -650,8 +652,9 @@ class _Found:
             view.wait(max(0.0, (deadline - time.monotonic_ns()) / _NS))
             self._renew()
         endpoints = self._endpoints
-        turn = endpoints.index(first) if first in endpoints else next(self._turn)
-        start = turn % len(endpoints) if endpoints else 0
+        if first not in endpoints:
+            first = self.next()
+        start = endpoints.index(first) if first is not None else 0
         return tuple(sorted(endpoints[start:] + endpoints[:start], key=_Endpoint.resting))
 
     def failed(self, endpoint: _Endpoint) -> None:
@@ -668,7 +671,10 @@ class _Found:
             view = self._view = self._channel._view(self._service)
         snapshot = view.snapshot
         if snapshot is not self._seen:
-            self._endpoints = self._channel._endpoints_of(snapshot.for_method(self._method))
+            found = snapshot.for_method(self._method)
+            endpoints = self._channel._endpoints_of(found)
+            self._turns = tuple(endpoints[i] for i in _shares([each.weight for each in found]))
+            self._endpoints = tuple(dict.fromkeys(self._turns))
             self._channel._keep_only(snapshot)
             self._seen = snapshot
         return view
@@ -676,7 +682,7 @@ class _Found:
     def forget_forked(self) -> None:
         """In a forked child: the parent's list stands still there, so another is followed."""
         self._view = self._seen = None
-        self._endpoints = ()
+        self._endpoints = self._turns = ()
 
 
 def stub(service: ServiceDescriptor, channel: MprpcChannel) -> Any:
@@ -688,6 +694,18 @@ def stub(service: ServiceDescriptor, channel: MprpcChannel) -> Any:
     for method in service.methods:
         setattr(made, attribute_of(method), channel.unary_call(method, GetMessageClass(method.output_type)))
     return made
+
+
+def _shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Indices in the order of their turns: as many as the weight says, spread evenly; none for a weight of 0, unless all
+    have it."""
+    if len(set(weights)) <= 1:
+        return tuple(range(len(weights)))
+    positive = [weight for weight in weights if weight > 0]
+    unit = max(min(positive), max(positive) / _SHARES_MAX)
+    shares = [max(1, round(weight / unit)) if weight > 0 else 0 for weight in weights]
+    turns = sorted(((turn + 0.5) / share, i) for i, share in enumerate(shares) for turn in range(share))
+    return tuple(i for _, i in turns)
 
 
 class _Stub:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,9 @@ from mprpc import (
     Unimplemented,
 )
 from mprpc._native import ffi, lib
+from mprpc.administration import Override, set_override
+from mprpc.embedded_zookeeper import Clock
+from mprpc.testing import EmbeddedZooKeeper
 from services import REQUEST, LoginRequest, LoginResponse
 
 user_pb2 = generated.module("user_pb2")
@@ -1061,3 +1065,39 @@ def test_provider_goes_while_others_wait() -> None:
             calls = [pool.submit(users.Login, REQUEST, 20.0) for _ in range(32)]
             for call in calls:
                 assert isinstance(call.exception(wire.PATIENCE), Unavailable)
+
+
+# ---- weights and overrides ----
+
+
+def peers(users: Any, calls: int) -> Counter[str]:
+    controller, found = mprpc.MprpcController(), Counter[str]()
+    for _ in range(calls):
+        assert users.Login(REQUEST, controller=controller) == ANSWER
+        found[controller.peer] += 1
+    return found
+
+
+def test_weights_and_overrides_are_honoured_without_a_restart() -> None:
+    with EmbeddedZooKeeper(clock=Clock()) as zookeeper, contextlib.ExitStack() as stack:
+        host, _, port = zookeeper.hosts.partition(":")
+        config = MprpcConfig(zookeeperip=host, zookeeperport=int(port))
+        keys: dict[str, Any] = {"zookeeperip": host, "zookeeperport": int(port)}
+        light = stack.enter_context(services.serving(**keys))
+        heavy = stack.enter_context(services.serving(**keys, weight=3.0))
+        assert light.wait_registered(wire.PATIENCE)
+        assert heavy.wait_registered(wire.PATIENCE)
+        users = user_mprpc.UserServiceRpc_Stub(stack.enter_context(mprpc.MprpcChannel(config)))
+        users.Login(REQUEST)
+        assert peers(users, 40) == {light.address: 10, heavy.address: 30}
+
+        def soon(wanted: dict[str, int], service: str = "fixbug.UserServiceRpc", **override: Any) -> None:
+            set_override(config, service, heavy.address, Override(**override))
+            deadline = time.monotonic() + wire.PATIENCE
+            while peers(users, 4) != wanted:
+                assert time.monotonic() < deadline, wanted
+
+        soon({light.address: 2, heavy.address: 2}, weight=1.0)
+        soon({light.address: 4}, disabled=True)
+        soon({light.address: 1, heavy.address: 3})
+        soon({light.address: 4}, weight=0.0)
