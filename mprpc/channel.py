@@ -697,8 +697,10 @@ def stub(service: ServiceDescriptor, channel: MprpcChannel) -> Any:
 
 
 def _shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Indices in the order of their turns: as many as the weight says, spread evenly; none for a weight of 0, unless all
-    have it."""
+    """Indices in the order of their turns: as many as the weight says, spread evenly.
+
+    A weight of 0 gets none, unless all are equal.
+    """
     if len(set(weights)) <= 1:
         return tuple(range(len(weights)))
     positive = [weight for weight in weights if weight > 0]
