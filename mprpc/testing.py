@@ -1,5 +1,19 @@
 """What tests need of mprpc, the users' tests as much as ours.
 
+`pair` is a provider of the test's services and a channel to it, without a port and without ZooKeeper:
+
+    class Users(user_mprpc.UserServiceRpc):
+        def Login(self, request, controller):
+            return user_pb2.LoginResponse(success=request.pwd == b"123456")
+
+    def test_login():
+        with mprpc.testing.pair(Users()) as channel:
+            users = user_mprpc.UserServiceRpc_Stub(channel)
+            assert users.Login(user_pb2.LoginRequest(pwd=b"123456")).success
+
+Both are the real ones: frames, threads, deadlines, errors and limits are production's. `serve` is the provider alone,
+for channels of any kind; `FakeRegistry` tells channels which addresses a service has, without asking anybody.
+
 `EmbeddedZooKeeper` is a ZooKeeper of its own for one test, on a free port, that can be made to fail in the ways a real
 one fails. Its clock stands still until the test moves it, so nothing expires by itself and no test need sleep.
 With `pytest_plugins = ["mprpc.testing"]` in a conftest.py the fixture `embedded_zookeeper` is there; pytest itself is
@@ -9,14 +23,125 @@ imported only where pytest is already running.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mprpc.channel import MprpcChannel
+from mprpc.config import MprpcConfig
+from mprpc.provider import RpcProvider
 
 from .embedded_zookeeper import Clock, Code, EmbeddedZooKeeperServer, Limits, Op, SteppedClock
 from .embedded_zookeeper.faults import RequestFault
 from .embedded_zookeeper.server import Connection
 
-__all__ = ["Code", "EmbeddedZooKeeper", "Op"]
+if TYPE_CHECKING:
+    from mprpc.aio import AsyncMprpcChannel
+    from mprpc.registry import ServiceView
+
+__all__ = ["Code", "EmbeddedZooKeeper", "FakeRegistry", "Op", "pair", "serve"]
+
+_GRACE = 1.0  # seconds that handlers get which still run when a test has ended
+
+
+@contextmanager
+def serve(*services: object, config: MprpcConfig | None = None) -> Iterator[str]:
+    """Serves them on a unix socket of its own and gives its address, for `MprpcChannel` and `AsyncMprpcChannel`.
+
+    config: limits and timeouts; where to listen and to register is not taken from it. Any thread.
+    """
+    with tempfile.TemporaryDirectory(prefix="mprpc-") as directory:
+        provider = RpcProvider(_at_socket(config, directory))
+        for service in services:
+            provider.notify_service(service)
+        provider.start()
+        try:
+            yield provider.address
+        finally:
+            provider.stop(_GRACE)
+
+
+@contextmanager
+def pair(*services: object, config: MprpcConfig | None = None) -> Iterator[MprpcChannel]:
+    """A channel to a provider that serves them; both end with the `with`. See the example above. As `serve`."""
+    with serve(*services, config=config) as address:
+        with MprpcChannel((config or MprpcConfig()).replace(rpcserverip=address, zookeeperip="")) as channel:
+            yield channel
+
+
+def _at_socket(config: MprpcConfig | None, directory: str) -> MprpcConfig:
+    return (config or MprpcConfig()).replace(rpcserverip=f"unix:{directory}/provider", zookeeperip="")
+
+
+class FakeRegistry:
+    """Tells channels which addresses a service has, as ZooKeeper would.
+
+        with serve(Users()) as one, serve(Users()) as two:
+            registry = FakeRegistry({"fixbug.UserServiceRpc": [one, two]})
+            with registry.channel() as channel: …
+
+    A service that it was told nothing of is one whose list has not come yet. Any thread.
+    """
+
+    def __init__(self, services: Mapping[str, Iterable[str]] | None = None) -> None:
+        self.where = "(the test's)"
+        self.reported: list[str] = []
+        """Addresses that calls could not reach and went on from, in order."""
+        self._changed = threading.Condition()
+        self._views: dict[str, ServiceView] = {}
+        for service, addresses in (services or {}).items():
+            self.list(service, addresses)
+
+    def list(self, service: str, addresses: Iterable[str]) -> None:
+        """From now on these are the service's, its full name, providers; none is a list, too."""
+        from mprpc.registry import Endpoint, Snapshot
+
+        view = self.follow(service)
+        endpoints = tuple(Endpoint(address, id=address) for address in addresses)
+        note = "" if endpoints else f"no provider of {service} is registered at ZooKeeper {self.where}"
+        with self._changed:
+            view._show(Snapshot(endpoints, True, view.snapshot.version + 1, note=note))
+            self._changed.notify_all()
+
+    def channel(self, config: MprpcConfig | None = None, **options: Any) -> MprpcChannel:
+        """A channel that asks this registry; options are MprpcChannel's. Close it, or use it with `with`."""
+        named = (config or MprpcConfig()).replace(zookeeperip="127.0.0.1")  # a channel with discovery; nobody is asked
+        channel = MprpcChannel(named, **options)
+        channel._registry = self  # type: ignore[assignment]
+        return channel
+
+    def async_channel(self, config: MprpcConfig | None = None, **options: Any) -> AsyncMprpcChannel:
+        """The same for asyncio."""
+        from mprpc.aio import AsyncMprpcChannel
+
+        channel = AsyncMprpcChannel("unix:/replaced")
+        channel._channel = self.channel(config, **options)
+        return channel
+
+    # ---- what a channel and its views ask ----
+
+    def follow(self, service: str, methods: Iterable[str] = ()) -> ServiceView:
+        """The service's list, kept up to date."""
+        from mprpc.registry import ServiceView
+
+        with self._changed:
+            if service not in self._views:
+                self._views[service] = ServiceView(self, service)  # type: ignore[arg-type]
+            return self._views[service]
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Waits until a list has made it true."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout)
+
+    def post(self, event: Any) -> None:
+        """A view tells of a provider that could not be reached."""
+        self.reported.append(event.address)
+
+    def close(self) -> None:
+        """A channel has been closed; others may go on."""
 
 
 class EmbeddedZooKeeper(EmbeddedZooKeeperServer):

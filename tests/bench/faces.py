@@ -2,9 +2,10 @@
 
     python tests/bench/faces.py [--rounds N] [--seconds S] [FACE …]
 
-64 Login calls are kept in flight, callers on core 0 and servers on core 1, in short rounds of each face in turn; a ratio is
-the median of the rounds' own. The yardsticks are written by hand: one thread that pipelines over a blocking socket, and an
-asyncio Protocol with a future for each call; both speak to epoll_pb.py, whose replies come in order, so they need no ids.
+64 Login calls are kept in flight, callers on core 0 and servers on core 1, in short rounds of each face in turn; a
+ratio is the median of the rounds' own. The yardsticks are written by hand: one thread that pipelines over a blocking
+socket, and an asyncio Protocol with a future for each call; both speak to epoll_pb.py, whose replies come in order, so
+they need no ids.
 """
 
 from __future__ import annotations
