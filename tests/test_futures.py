@@ -634,12 +634,14 @@ def test_more_than_a_connection_takes() -> None:
     answer = threading.Event()
 
     def swallow(peer: wire.Peer) -> None:
+        peer.send(wire.response(peer.frame()[0].call_id))
         first, *_ = [peer.frame()[0].call_id for _ in range(65_536)]
         assert answer.wait(PATIENCE)
         peer.send(wire.response(first, services.accept(named("first"), None).SerializeToString()))
         peer.rest()
 
     with wire.FakeProvider(swallow) as fake, configured(fake, max_pending=100_000, call_timeout=LONG) as users:
+        users.Login(REQUEST)  # connects: calls that have to wait for that go in no particular order
         flying = [users.Login.future(REQUEST) for _ in range(65_536)]
         with pytest.raises(ResourceExhausted, match="65536 calls"):
             users.Login.future(REQUEST).result(PATIENCE)
