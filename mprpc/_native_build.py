@@ -114,6 +114,7 @@ void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics
 #define MPRPC_LINK_CLOSED ...
 #define MPRPC_LINK_GOAWAY ...
 struct mprpc_call {
+    uint64_t deadline;
     uint8_t *small, *large, *words;
     int64_t reason;
     uint32_t text_size, details_size;

@@ -158,7 +158,10 @@ class MprpcChannel:
         while True:
             for endpoint in endpoints():
                 try:
-                    endpoint.connect(deadline)
+                    if endpoint.classic:
+                        endpoint.socket(deadline).close()  # one connection is one call there: none is kept
+                    else:
+                        endpoint.connect(deadline)
                     return
                 except RpcError as error:
                     if why is None or time.monotonic_ns() < deadline:  # a refusal says more than the end of the time
@@ -343,12 +346,13 @@ class UnaryCall(Generic[Request, Response]):
         except BaseException:
             lib.mprpc_link_forget(link, call)
             raise
+        deadline = call.deadline  # the first attempt's, before another call takes the slot
         try:
             return self._finish(endpoint, link, slot, size)
         except RpcError as error:
             if not self._may_retry(error):
                 raise
-        return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller)
+        return self._go_round(payload, deadline, controller)
 
     # ---- what is not a plain response from a connection that was there ----
 

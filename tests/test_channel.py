@@ -1101,3 +1101,27 @@ def test_weights_and_overrides_are_honoured_without_a_restart() -> None:
         soon({light.address: 4}, disabled=True)
         soon({light.address: 1, heavy.address: 3})
         soon({light.address: 4}, weight=0.0)
+
+
+def test_a_retry_keeps_the_first_attempts_deadline() -> None:
+    """It began anew with the whole timeout when the connection had ended."""
+
+    with services.serving() as provider, services.calling(provider) as users:
+        assert users.Login(REQUEST) == ANSWER
+        call, seen = users.Login, []
+        endpoint = call._target.next()
+        lib.mprpc_link_close(endpoint.link)
+        call._go_round = lambda payload, deadline, controller: seen.append(deadline) or ANSWER
+        finish, ended = call._finish, []
+        call._finish = lambda *arguments: ended.append(time.monotonic_ns()) or finish(*arguments)
+        before = time.monotonic_ns()
+        assert call(REQUEST, timeout=2.0) == ANSWER
+        assert before + 2e9 <= seen[0] <= ended[0] + 2e9
+
+
+def test_wait_ready_keeps_no_connection_to_a_classic_endpoint() -> None:
+    """It kept one, over which the next call was made in the framed dialect."""
+    with services.serving() as provider, services.calling(provider, dialect="classic") as users:
+        users.Login._channel.wait_ready(wire.PATIENCE)
+        assert users.Login._target.next().link is None
+        assert users.Login(REQUEST) == ANSWER
