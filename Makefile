@@ -40,7 +40,8 @@ check: ## ruff, mypy --strict, C without a warning
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	for unit in mprpc/_*.c; do \
-	    $(CC) -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -fsyntax-only $$unit || exit 1; done
+	    $(CC) -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -fsyntax-only \
+	        -I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") $$unit || exit 1; done
 
 clean: ## all that was made
 	rm -rf $(VENV) build dist *.egg-info mprpc/_native.c mprpc/*.so proto/*_pb2.py proto/*_pb2.pyi proto/*_mprpc.py

@@ -13,7 +13,7 @@ A provider:                                        A consumer:
 
 from typing import TYPE_CHECKING
 
-from mprpc.channel import MprpcChannel, UnaryCall, stub
+from mprpc.channel import MprpcChannel, stub
 from mprpc.config import MprpcConfig, init
 from mprpc.controller import MprpcController
 from mprpc.errors import (
@@ -38,6 +38,7 @@ from mprpc.errors import (
 )
 from mprpc.provider import RpcProvider
 from mprpc.service import Reply, Service
+from mprpc.unary_call import UnaryCall
 
 if TYPE_CHECKING:  # not in __all__: `from mprpc import *` must not import asyncio
     from mprpc.aio import AsyncMprpcChannel as AsyncMprpcChannel

@@ -8,6 +8,7 @@ from cffi import FFI
 
 HEADERS = ("_codec.h", "_session.h", "_loop.h", "_channel.h", "_mailbox.h")
 SOURCES = ("_codec.c", "_session.c", "_loop.c", "_channel.c", "_mailbox.c", "_keeper.c")
+FAST = ("_fast.c", "_call.c", "_serve.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
 enum { MPRPC_HEADER_MAX = 65535, MPRPC_METADATA_MAX = 128, ... };
@@ -161,9 +162,9 @@ ffibuilder.cdef(DECLARATIONS)
 ffibuilder.set_source(
     "mprpc._native",
     "".join(f'#include "{header}"\n' for header in HEADERS),
-    sources=[f"mprpc/{source}" for source in SOURCES],
+    sources=[f"mprpc/{source}" for source in (*SOURCES, *FAST)],
     include_dirs=["mprpc"],
-    depends=[f"mprpc/{header}" for header in (*HEADERS, "_link.h")],
+    depends=[f"mprpc/{header}" for header in (*HEADERS, "_link.h", "_fast.h")],
     extra_compile_args=["-O2", "-pthread"],
     extra_link_args=["-pthread"],
 )

@@ -25,17 +25,19 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
 from mprpc._native import ffi, lib
-from mprpc.channel import MprpcChannel, UnaryCall, split_address
+from mprpc.channel import MprpcChannel
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 from mprpc.futures import MAIL, Mail, Mailbox
+from mprpc.subchannel import split_address
+from mprpc.unary_call import UnaryCall
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from types import TracebackType
 
-    from mprpc.channel import _Endpoint
+    from mprpc.subchannel import Subchannel
 
 __all__ = ["AsyncMprpcChannel", "AsyncUnaryCall"]
 
@@ -173,7 +175,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
         payload: bytes,
         deadline: int,
         controller: MprpcController | None,
-        first: _Endpoint | None,
+        first: Subchannel | None,
     ) -> Response:
         """Calls the endpoints in turn, from `first` on, until one has taken the request."""
         call._check_size(payload)
@@ -194,7 +196,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
 
     @staticmethod
     async def _call_endpoint(
-        hub: _Hub, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, deadline: int
+        hub: _Hub, call: UnaryCall[Any, Response], endpoint: Subchannel, payload: bytes, deadline: int
     ) -> Response:
         used = hub.links.get(endpoint.address)
         if used is not None:
@@ -237,14 +239,14 @@ class _Hub:
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()  # calls that there is no room for yet
         self._tokens = count(1)
         self._connecting: dict[str, asyncio.Task[_Link]] = {}
-        self._finding: dict[object, tuple[asyncio.Future[tuple[_Endpoint, ...]], int]] = {}
+        self._finding: dict[object, tuple[asyncio.Future[tuple[Subchannel, ...]], int]] = {}
         self._expiry = ffi.new("uint64_t *")
         self._closed = False
 
     # ---- a call ----
 
     async def call_within(
-        self, link: _Link, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, deadline: int
+        self, link: _Link, call: UnaryCall[Any, Response], endpoint: Subchannel, payload: bytes, deadline: int
     ) -> Response:
         left = deadline - time.monotonic_ns()
         if left <= 0:
@@ -255,7 +257,7 @@ class _Hub:
         self,
         link: _Link,
         call: UnaryCall[Any, Response],
-        endpoint: _Endpoint,
+        endpoint: Subchannel,
         payload: bytes,
         timeout: int,
         deadline: int,
@@ -277,7 +279,7 @@ class _Hub:
         raise call._mail_error(endpoint, None, mail, data)
 
     async def _submit(
-        self, link: _Link, call: UnaryCall[Any, Any], endpoint: _Endpoint, payload: bytes, timeout: int
+        self, link: _Link, call: UnaryCall[Any, Any], endpoint: Subchannel, payload: bytes, timeout: int
     ) -> tuple[Mail, bytes]:
         token = next(self._tokens)
         identity = lib.mprpc_link_submit(
@@ -306,7 +308,7 @@ class _Hub:
         return self._pending.pop(token, None) is not None and bool(lib.mprpc_link_cancel(link.handle, identity))
 
     async def call_classic(
-        self, call: UnaryCall[Any, Response], endpoint: _Endpoint, payload: bytes, deadline: int
+        self, call: UnaryCall[Any, Response], endpoint: Subchannel, payload: bytes, deadline: int
     ) -> Response:
         """In the seed's dialect, on the executor; its threads may all be taken until after the deadline."""
         running = self._loop.run_in_executor(None, call._call_classic, endpoint, payload, deadline)
@@ -407,8 +409,8 @@ class _Hub:
     # ---- finding providers ----
 
     async def endpoints(
-        self, call: UnaryCall[Any, Any], deadline: int, first: _Endpoint | None
-    ) -> tuple[_Endpoint, ...]:
+        self, call: UnaryCall[Any, Any], deadline: int, first: Subchannel | None
+    ) -> tuple[Subchannel, ...]:
         target = call._target
         with contextlib.suppress(Unavailable):  # there is no list yet
             return target.all(0, first)
@@ -421,19 +423,19 @@ class _Hub:
             if finding.exception() is None or until >= deadline or time.monotonic_ns() < until:
                 return finding.result()  # else it looked no longer than for a call with a nearer deadline
 
-    def _find(self, target: Any, deadline: int) -> tuple[asyncio.Future[tuple[_Endpoint, ...]], int]:
+    def _find(self, target: Any, deadline: int) -> tuple[asyncio.Future[tuple[Subchannel, ...]], int]:
         """Looks for a list on a thread of its own; callers at the same time share it."""
-        finding: asyncio.Future[tuple[_Endpoint, ...]] = self._loop.create_future()
+        finding: asyncio.Future[tuple[Subchannel, ...]] = self._loop.create_future()
         finding.add_done_callback(_retrieve)
         self._finding[target] = finding, deadline
 
-        def settle(found: tuple[_Endpoint, ...], error: Exception | None) -> None:
+        def settle(found: tuple[Subchannel, ...], error: Exception | None) -> None:
             self._finding.pop(target, None)
             if not finding.done():
                 finding.set_exception(error) if error is not None else finding.set_result(found)
 
         def find() -> None:
-            found: tuple[_Endpoint, ...] = ()
+            found: tuple[Subchannel, ...] = ()
             error: Exception | None = None
             try:
                 found = target.all(deadline)
@@ -447,7 +449,7 @@ class _Hub:
 
     # ---- connections ----
 
-    async def connect(self, endpoint: _Endpoint, deadline: int) -> _Link:
+    async def connect(self, endpoint: Subchannel, deadline: int) -> _Link:
         """The connection to that endpoint; callers at the same time share one attempt."""
         if self._closed:
             raise _closed()
@@ -467,7 +469,7 @@ class _Hub:
             raise _closed()
         return task.result()
 
-    async def _connect(self, endpoint: _Endpoint) -> _Link:
+    async def _connect(self, endpoint: Subchannel) -> _Link:
         connect = self._config.connect_timeout
         try:
             connection = await asyncio.wait_for(self._reach(endpoint.address), connect)

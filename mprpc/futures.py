@@ -34,8 +34,9 @@ from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcErro
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mprpc.channel import UnaryCall, _Endpoint
     from mprpc.config import MprpcConfig
+    from mprpc.subchannel import Subchannel
+    from mprpc.unary_call import UnaryCall
 
 __all__ = ["MAIL", "CallFuture", "Mail", "Mailbox", "start_future"]
 
@@ -76,9 +77,9 @@ class CallFuture(Future[Response], Generic[Response]):
     _deadline = 0
     _token = 0  # its key in _pending or in _queued, another one for each attempt
     _at: tuple[Any, int] | None = None  # the link and the call_id: read and written as one
-    _endpoint: _Endpoint | None = None
+    _endpoint: Subchannel | None = None
     _again = False  # the link was an old one: its end says nothing of the endpoint
-    _round: Iterator[_Endpoint] | None = None  # the endpoints that are left to try
+    _round: Iterator[Subchannel] | None = None  # the endpoints that are left to try
     _problem: RpcError | None = None  # why the last one did not take it
 
     def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
@@ -233,7 +234,7 @@ class _Reader:
                 future._endpoint = None
         self._queue(future)
 
-    def _submit(self, future: CallFuture[Any], endpoint: _Endpoint, link: Any, timeout: int) -> RpcError | None:
+    def _submit(self, future: CallFuture[Any], endpoint: Subchannel, link: Any, timeout: int) -> RpcError | None:
         """Gives the call to a connection. None, or why that does not take it."""
         call, payload = future._call, future._payload
         if endpoint.mailed is not link:
@@ -446,7 +447,7 @@ class _Reader:
             future._problem = problem
         return future._problem or Unavailable(f"{call._method.full_name}: {call._target.nobody()}", not_run=True)
 
-    def _endpoints(self, future: CallFuture[Any]) -> Iterator[_Endpoint]:
+    def _endpoints(self, future: CallFuture[Any]) -> Iterator[Subchannel]:
         """Those that are left: each once, and once more one whose connection was an old one."""
         call, last = future._call, future._endpoint
         if future._round is None:
@@ -456,7 +457,7 @@ class _Reader:
             yield last
         yield from future._round
 
-    def _offer(self, future: CallFuture[Any], endpoint: _Endpoint) -> RpcError | None:
+    def _offer(self, future: CallFuture[Any], endpoint: Subchannel) -> RpcError | None:
         """Submits it to one endpoint, again where the connection was an old one that has ended."""
         future._again = endpoint.link is not None
         problem = self._submit_connected(future, endpoint)
@@ -465,7 +466,7 @@ class _Reader:
             problem = self._submit_connected(future, endpoint)
         return problem
 
-    def _submit_connected(self, future: CallFuture[Any], endpoint: _Endpoint) -> RpcError | None:
+    def _submit_connected(self, future: CallFuture[Any], endpoint: Subchannel) -> RpcError | None:
         link = endpoint.connect(future._deadline)
         left = future._deadline - time.monotonic_ns()
         if left <= 0:

@@ -20,8 +20,9 @@ from kazoo.client import KazooClient
 from kazoo.exceptions import NoNodeError
 
 import generated
-import mprpc.channel
 import mprpc.registry
+import mprpc.subchannel
+import mprpc.unary_call
 import services
 import wire
 from mprpc import MprpcChannel, MprpcConfig, RpcProvider
@@ -149,7 +150,7 @@ def test_many_callers_make_one_attempt_at_a_dead_provider(config: MprpcConfig, m
     threads = 8
     attempts: list[str] = []
     waiting, refused, began = threading.Barrier(threads + 1), threading.Event(), time.monotonic()
-    endpoint = mprpc.channel._Endpoint(dead_address(), False, config)
+    endpoint = mprpc.subchannel.Subchannel(dead_address(), False, config)
     connect = endpoint.socket
 
     def slow(deadline: int) -> Any:
@@ -183,7 +184,7 @@ def test_a_provider_that_is_registered_anew_does_not_wait_for_the_rest_of_the_on
     config: MprpcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed provider is listed until its session ends; its successor at that address must not rest in its place."""
-    monkeypatch.setattr(mprpc.channel, "_REST_FIRST", 30.0)
+    monkeypatch.setattr(mprpc.subchannel, "_REST_FIRST", 30.0)
     address = dead_address()
     host, _, port = address.partition(":")
     with ExitStack() as stack:
@@ -220,11 +221,11 @@ def test_goaway_and_the_refusals_behind_it_come_together() -> None:
 
 def test_a_call_of_which_nothing_could_be_written_never_ran() -> None:
     """It was taken for one that may have run, so that it failed where another provider would have answered."""
-    names = mprpc.channel._names("mprpc.test.LedgerRpc", "Book")
+    names = mprpc.unary_call.names_on_wire("mprpc.test.LedgerRpc", "Book")
     for _ in range(20):  # a connection that was used within a millisecond is written to without a look
         ours, peers = socket.socketpair()
         peers.close()
-        call, _ = mprpc.channel._new_slot()
+        call, _ = mprpc.unary_call._new_slot()
         link = lib.mprpc_link_new(ours.detach(), 1000)
         outcome = lib.mprpc_link_call(link, call, names, len(names), b"", 0, 1_000_000_000)
         assert (outcome, call.sent) == (lib.MPRPC_CALL_BROKEN, 0)

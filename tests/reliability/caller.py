@@ -20,7 +20,7 @@ from typing import Any
 
 import ledger_mprpc
 import ledger_pb2
-import mprpc.channel
+import mprpc.subchannel
 from mprpc import MprpcChannel, MprpcConfig, RpcError
 from mprpc.probe import probe
 from mprpc.registry import Registry, Snapshot
@@ -154,7 +154,7 @@ class Consumer:
 
 def tell_attempts() -> None:
     """Have every connection that can't be made told."""
-    reach = mprpc.channel._Endpoint._reach
+    reach = mprpc.subchannel.Subchannel._reach
 
     def told(self: Any, deadline: int) -> Any:
         try:
@@ -163,7 +163,7 @@ def tell_attempts() -> None:
             say(unreached=self.address, consumer=id(self), text=error.text)
             raise
 
-    mprpc.channel._Endpoint._reach = told  # type: ignore[method-assign]
+    mprpc.subchannel.Subchannel._reach = told  # type: ignore[method-assign]
 
 
 def tell_list(snapshot: Snapshot) -> None:

@@ -1,0 +1,15 @@
+/* The C that holds Python objects: the calls' and the requests' plain case without a line of Python between the user's
+ * code and the units below. Whatever is not plain is handed to Python (unary_call.py, provider.py), which decides.
+ * The Limited API, so that one build serves every CPython from 3.10 on. */
+#ifndef MPRPC_FAST_H
+#define MPRPC_FAST_H
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+/* Each unit adds its types to the module mprpc._fast: 0, or -1 with an exception set. */
+int mprpc_add_call(PyObject *module);
+int mprpc_add_serve(PyObject *module);
+
+#endif

@@ -1,0 +1,359 @@
+"""A unary call: one method of one channel, callable.
+
+It serializes the request and gives it to a subchannel's connection; C sends, waits and receives in one call without
+the interpreter's lock (`_channel.c`). A call that could not be sent to its endpoint, or that the provider says never
+ran, goes on to the next, each once. What may have run is sent again only where the method is declared idempotent
+(protobuf's `idempotency_level`). A timeout becomes a deadline when the call starts; finding a provider, connecting,
+sending and waiting all draw on it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, EncodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from mprpc._native import ffi, lib
+from mprpc.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    RpcError,
+    Status,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mprpc.channel import MprpcChannel
+    from mprpc.controller import MprpcController
+    from mprpc.futures import CallFuture, Mail
+    from mprpc.subchannel import Subchannel
+
+__all__ = ["UnaryCall", "names_on_wire", "nanoseconds"]
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+_NS = 1_000_000_000
+_LONGEST = 1e9  # seconds; a longer timeout, such as infinity, means this one
+_SMALL = lib.MPRPC_CALL_SMALL
+_IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
+_CLASSIC_CHUNK = 65536  # bytes of a classic response taken at once
+
+_start_future: Any = None  # of mprpc.futures, which is imported when it is used
+
+# Calls' state in C, used again and again; as many as there were calls at the same time.
+_slots: list[tuple[Any, Any]] = []
+
+
+def _new_slot() -> tuple[Any, Any]:
+    call = ffi.gc(ffi.new("struct mprpc_call *"), lib.mprpc_call_clear)
+    room = ffi.buffer(ffi.new("uint8_t[]", _SMALL), _SMALL)
+    call.small = ffi.from_buffer(room)
+    return call, room
+
+
+def forget_forked() -> None:
+    """In a forked child: a thread of the parent may have been taking one."""
+    _slots.clear()
+
+
+class UnaryCall(Generic[Request, Response]):
+    """One method, callable: `stub.Login(request, timeout=1.0)`. Any thread, any number at once.
+
+    Returns the response or raises `RpcError`. With a controller it never raises for the call's sake: it returns an
+    empty response and the controller says why. `timeout` (seconds) goes before the controller's, that before the
+    channel's. A request of another class is a TypeError, always.
+    """
+
+    def __init__(self, channel: MprpcChannel, method: MethodDescriptor, response_class: type[Response]) -> None:
+        self._channel = channel
+        self._method = method
+        self._request_class = GetMessageClass(method.input_type)
+        self._response_class = response_class
+        self._parse: Callable[[bytes], Response] = response_class.FromString
+        self._names = names_on_wire(method.containing_service.full_name, method.name)
+        self._names_size = len(self._names)
+        self._timeout_ns = nanoseconds(channel._timeout)
+        self._max_payload = channel._config.max_payload
+        self._idempotent = method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN
+        self._target = channel._target(method)
+
+    def __call__(
+        self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
+    ) -> Response:
+        if controller is not None:
+            return self._controlled(request, timeout, controller)
+        return self._call(request, timeout, None)
+
+    def future(
+        self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
+    ) -> CallFuture[Response]:
+        """Starts the call and returns its future at once. Any thread.
+
+        It is a `concurrent.futures.Future`; `cancel()` tells the provider. Raises ResourceExhausted when the key
+        `max_pending` such calls of this process are in flight and none ends within this call's deadline.
+        """
+        global _start_future
+        if _start_future is None:  # once: an import statement that finds all there still costs half a microsecond
+            from mprpc.futures import start_future as _start_future
+        future: CallFuture[Response] = _start_future(self, request, timeout, controller)
+        return future
+
+    def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
+        own = controller.timeout
+        timeout = own if timeout is None else timeout
+        controller.reset()
+        controller.timeout = own
+        try:
+            return self._call(request, timeout, controller)
+        except RpcError as error:
+            controller._set_error(error)
+            return self._response_class()
+
+    # ---- the hot path ----
+
+    def _prepare(self, request: Message, timeout: float | None) -> tuple[bytes, int]:
+        """The request's bytes and the call's nanoseconds."""
+        if type(request) is not self._request_class:
+            raise self._wrong_request(request)
+        try:
+            payload = request.SerializeToString()
+        except EncodeError as error:
+            raise InvalidArgument(f"{self._method.full_name}: {error}", not_run=True) from None
+        return payload, self._timeout_ns if timeout is None else nanoseconds(timeout)
+
+    def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
+        payload, nanoseconds = self._prepare(request, timeout)
+        endpoint = self._target.next()
+        if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload:
+            return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller, endpoint)
+        if controller is not None:
+            controller._peer = endpoint.address
+        try:
+            slot = _slots.pop()
+        except IndexError:
+            slot = _new_slot()
+        call = slot[0]
+        try:
+            size = lib.mprpc_link_call(link, call, self._names, self._names_size, payload, len(payload), nanoseconds)
+            if 0 <= size <= _SMALL:
+                data = slot[1][:size]
+                _slots.append(slot)
+                return self._parse(data)
+        except DecodeError:
+            raise self._bad_response() from None
+        except BaseException:
+            lib.mprpc_link_forget(link, call)
+            raise
+        deadline = call.deadline  # the first attempt's, before another call takes the slot
+        try:
+            return self._finish(endpoint, link, slot, size)
+        except RpcError as error:
+            if not self._may_retry(error):
+                raise
+        return self._go_round(payload, deadline, controller)
+
+    # ---- what is not a plain response from a connection that was there ----
+
+    def _go_round(
+        self, payload: bytes, deadline: int, controller: MprpcController | None, first: Subchannel | None = None
+    ) -> Response:
+        """Calls the endpoints in turn, from `first` on, until one has taken the request."""
+        self._check_size(payload)
+        failed: RpcError | None = None
+        began = time.monotonic()
+        for endpoint in self._target.all(deadline, first):
+            if controller is not None:
+                controller._peer = endpoint.address
+            try:
+                return self._call_endpoint(endpoint, payload, deadline, began)
+            except RpcError as error:
+                if not self._may_retry(error):
+                    raise
+                self._target.failed(endpoint)
+                failed = error
+        raise failed or Unavailable(f"{self._method.full_name}: {self._target.nobody()}", not_run=True)
+
+    def _check_size(self, payload: bytes) -> None:
+        if len(payload) > self._max_payload:
+            text = f"{self._method.full_name}: the request has {len(payload)} bytes, max_payload allows"
+            raise ResourceExhausted(f"{text} {self._max_payload}", not_run=True)
+
+    def _may_retry(self, error: RpcError) -> bool:
+        """Whether the same call may go to another endpoint: it never ran there, or may run twice."""
+        if isinstance(error, Unavailable):
+            return error.not_run or self._idempotent
+        return error.not_run and error.status in (Status.RESOURCE_EXHAUSTED, Status.UNIMPLEMENTED)
+
+    def _call_endpoint(self, endpoint: Subchannel, payload: bytes, deadline: int, began: float) -> Response:
+        if endpoint.classic:
+            return self._call_classic(endpoint, payload, deadline)
+        used = endpoint.link
+        link = used if used is not None else endpoint.connect(deadline, began)
+        try:
+            return self._call_link(endpoint, link, payload, deadline)
+        except Unavailable as error:
+            if used is None or not self._may_retry(error):
+                raise
+        # The connection was an old one, which may have ended since its last call: that says nothing of the endpoint.
+        return self._call_link(endpoint, endpoint.connect(deadline, began), payload, deadline)
+
+    def _call_link(self, endpoint: Subchannel, link: Any, payload: bytes, deadline: int) -> Response:
+        left = deadline - time.monotonic_ns()
+        if left <= 0:
+            raise DeadlineExceeded(f"{self._method.full_name}: the deadline passed before it was sent", not_run=True)
+        slot = _slots.pop() if _slots else _new_slot()
+        try:
+            size = lib.mprpc_link_call(link, slot[0], self._names, self._names_size, payload, len(payload), left)
+        except BaseException:
+            lib.mprpc_link_forget(link, slot[0])
+            raise
+        return self._finish(endpoint, link, slot, size)
+
+    def _finish(self, endpoint: Subchannel, link: Any, slot: tuple[Any, Any], size: int) -> Response:
+        """The response, or what the call failed with; the slot is free again after."""
+        call, small = slot
+        try:
+            while size == lib.MPRPC_CALL_INTERRUPTED:  # Python has run the signal's handler, which did not raise
+                size = lib.mprpc_link_wait(link, call)
+        except BaseException:
+            lib.mprpc_link_forget(link, call)
+            raise
+        if size >= 0:
+            data = bytes(ffi.buffer(call.large, size)) if size > _SMALL else small[:size]
+            error = None
+        else:
+            error = self._error(endpoint, link, call, size)
+        lib.mprpc_call_clear(call)
+        _slots.append(slot)
+        if error is not None:
+            raise error
+        return self._parsed(data)
+
+    def _error(self, endpoint: Subchannel, link: Any, call: Any, outcome: int) -> RpcError:
+        if outcome == lib.MPRPC_CALL_FAILED:
+            words = bytes(ffi.buffer(call.words, call.text_size + call.details_size)) if call.words else b""
+            return _failure(call.status, call.not_run, words, call.text_size)
+        return self._broken(endpoint, link, outcome, call.reason, call.sent)
+
+    def _mail_error(self, endpoint: Subchannel, link: Any, mail: Mail, data: bytes) -> RpcError:
+        _, outcome, reason, offset, text_size, details_size, status, not_run, sent = mail
+        if outcome == lib.MPRPC_CALL_FAILED:
+            return _failure(status, not_run, data[offset : offset + text_size + details_size], text_size)
+        return self._broken(endpoint, link, outcome, reason, sent)
+
+    def _broken(self, endpoint: Subchannel, link: Any, outcome: int, reason: int, sent: int) -> RpcError:
+        name, address = self._method.full_name, endpoint.address
+        if outcome == lib.MPRPC_CALL_TIMEOUT:
+            return DeadlineExceeded(f"{name}: no answer from {address} within the call's deadline")
+        if outcome == lib.MPRPC_CALL_FULL:
+            text = f"{name}: {lib.MPRPC_CALLS_MAX} calls to {address} are in flight, or memory ran out"
+            return ResourceExhausted(text, not_run=True)
+        endpoint.drop(link)
+        return Unavailable(f"{name}: {address}: {_why(reason)}", not_run=not sent)
+
+    def _parsed(self, data: bytes) -> Response:
+        try:
+            return self._parse(data)
+        except DecodeError:
+            raise self._bad_response() from None
+
+    def _bad_response(self) -> RpcError:
+        return Internal(f"{self._method.full_name}: the response is no {self._response_class.DESCRIPTOR.full_name}")
+
+    def _wrong_request(self, request: object) -> TypeError:
+        return TypeError(
+            f"{self._method.full_name} takes a {self._method.input_type.full_name}, not a {type(request).__qualname__}"
+        )
+
+    def _call_classic(self, endpoint: Subchannel, payload: bytes, deadline: int) -> Response:
+        """One call on a connection of its own; the end of the stream ends the response."""
+        service = self._method.containing_service.name
+        frame = _classic_request(service, self._method.name, payload)
+        name, address = self._method.full_name, endpoint.address
+        with endpoint.socket(deadline) as connection:
+            try:
+                _until(connection, deadline)
+                connection.sendall(frame)
+                answer = _read_to_end(connection, deadline, self._max_payload)
+            except TimeoutError:
+                raise DeadlineExceeded(f"{name}: no answer from {address} within the call's deadline") from None
+            except OSError as error:
+                raise Unavailable(f"{name}: {address}: {error.strerror or error}") from None
+        if answer is None:
+            raise ResourceExhausted(f"{name}: the response is larger than max_payload, {self._max_payload} bytes")
+        if not answer and not self._channel._config.classic_empty:
+            raise Unavailable(
+                f"{name}: {address} answered nothing, as a classic provider that is dying does (set classic_empty where"
+                " an empty answer is a response)"
+            )
+        return self._parsed(answer)
+
+
+def _failure(status: int, not_run: int, words: bytes, text_size: int) -> RpcError:
+    """What the provider said: the text, then the details."""
+    text = words[:text_size].decode(errors="replace")
+    return RpcError(status, text, not_run=bool(not_run), details=words[text_size:])
+
+
+def nanoseconds(timeout: float) -> int:
+    return int(min(max(timeout, 0.0), _LONGEST) * _NS)
+
+
+def names_on_wire(service: str, method: str) -> bytes:
+    """The two names as fields of the header."""
+    wire = service.encode(), method.encode()
+    room = len(wire[0]) + len(wire[1]) + 12
+    if room > lib.MPRPC_NAMES_MAX:
+        raise ValueError(f"{service}.{method}: a name of over {lib.MPRPC_NAMES_MAX} bytes can't be called")
+    to = ffi.new("uint8_t[]", room)
+    return bytes(ffi.buffer(to, lib.mprpc_put_names(to, wire[0], len(wire[0]), wire[1], len(wire[1]))))
+
+
+def _classic_request(service: str, method: str, payload: bytes) -> bytes:
+    names = names_on_wire(service, method)
+    head = ffi.new("uint8_t[]", len(names) + 64)
+    return bytes(ffi.buffer(head, lib.mprpc_put_call(head, names, len(names), len(payload), 0, 0))) + payload
+
+
+def _until(connection: socket.socket, deadline: int) -> None:
+    left = (deadline - time.monotonic_ns()) / _NS
+    if left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)
+
+
+def _read_to_end(connection: socket.socket, deadline: int, limit: int) -> bytes | None:
+    """All bytes to the end of the stream; None when they are more than the limit."""
+    parts: list[bytes] = []
+    size = 0
+    while size <= limit:
+        _until(connection, deadline)
+        part = connection.recv(_CLASSIC_CHUNK)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+    return None
+
+
+def _why(reason: int) -> str:
+    if reason > 0:
+        return os.strerror(reason)
+    return _REASONS.get(reason) or f"the provider sent {ffi.string(lib.mprpc_why(reason)).decode()}"
+
+
+_REASONS = {
+    lib.MPRPC_LINK_END: "the provider ended the connection",
+    lib.MPRPC_LINK_CLOSED: "the channel was closed",
+    lib.MPRPC_LINK_GOAWAY: "the provider is shutting down",
+}
