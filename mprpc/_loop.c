@@ -39,6 +39,7 @@ enum {
 };
 static const uint64_t LINGER = UINT64_C(2000000000);     /* ns to wait for a peer to end its side */
 static const uint64_t LINGER_STOP = UINT64_C(200000000); /* the same when the whole loop stops */
+static const uint64_t YIELD = UINT64_C(2000000);         /* ns for which a connection is left to who has fewer */
 static const uint64_t FOREVER = UINT64_MAX;
 
 enum { UNAVAILABLE = 14, DEADLINE_EXCEEDED = 4 };
@@ -201,9 +202,12 @@ struct mprpc_loop {
     uint8_t *held[MPRPC_BATCH_MAX];             /* large requests' buffers, freed by the next turn */
     size_t held_count;
 
-    int listener, spare;
+    int listener, shared, spare;
     struct mprpc_loop **loops;
     size_t loops_count;
+    atomic_uint *crowd; /* the connections of each process that accepts on `shared`, ours at crowd_mine */
+    size_t crowd_count, crowd_mine;
+    uint64_t yield_until; /* FOREVER: `shared` is watched */
 
     int wake[2];
     pthread_mutex_t mutex; /* of what follows */
@@ -222,7 +226,7 @@ struct mprpc_loop {
     atomic_uint_fast64_t accepted, taken, broken, in_flight;
 };
 
-enum { KEY_WAKE = UINT32_MAX, KEY_LISTENER = UINT32_MAX - 1 };
+enum { KEY_WAKE = UINT32_MAX, KEY_LISTENER = UINT32_MAX - 1, KEY_SHARED = UINT32_MAX - 2 };
 
 static uint64_t key_of(const struct connection *c)
 {
@@ -961,11 +965,11 @@ static void spread(struct mprpc_loop *l, int fd)
 
 /* Out of descriptors: give up the spare one for a moment, so that the caller hears a reset instead of nothing, and
  * the listener does not stay ready for ever (the way of muduo's Acceptor). */
-static void refuse_one(struct mprpc_loop *l)
+static void refuse_one(struct mprpc_loop *l, int listener)
 {
     if (l->spare >= 0)
         close(l->spare);
-    int fd = accept(l->listener, NULL, NULL);
+    int fd = accept(listener, NULL, NULL);
     if (fd >= 0) {
         incident(l, fd, MPRPC_NO_DESCRIPTOR);
         reset(fd);
@@ -975,13 +979,13 @@ static void refuse_one(struct mprpc_loop *l)
     l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
 }
 
-static void accept_some(struct mprpc_loop *l)
+static void accept_some(struct mprpc_loop *l, int listener, int most)
 {
-    for (int i = 0; i < ACCEPT_MAX; i++) {
+    for (int i = 0; i < most; i++) {
 #ifdef __linux__
-        int fd = accept4(l->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
 #else
-        int fd = accept(l->listener, NULL, NULL);
+        int fd = accept(listener, NULL, NULL);
         if (fd >= 0 && (fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 || fcntl(fd, F_SETFL, O_NONBLOCK) < 0)) {
             close(fd);
             continue;
@@ -990,11 +994,59 @@ static void accept_some(struct mprpc_loop *l)
         if (fd >= 0) {
             spread(l, fd);
         } else if (errno == EMFILE || errno == ENFILE) {
-            refuse_one(l);
+            refuse_one(l, listener);
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
             return;
         } /* else: that one went away before it was accepted; the next */
     }
+}
+
+/* Whether another process that accepts on the same socket has clearly fewer connections: a quarter, so that a herd is
+ * let in without each of them waiting for the others in turn. */
+static int crowded_more(struct mprpc_loop *l)
+{
+    unsigned mine = 0, fewest = MPRPC_NOT_ACCEPTING;
+
+    for (size_t i = 0; i < l->loops_count; i++)
+        mine += atomic_load(&l->loops[i]->open);
+    atomic_store(&l->crowd[l->crowd_mine], mine);
+    for (size_t i = 0; i < l->crowd_count; i++) {
+        unsigned other = atomic_load(&l->crowd[i]);
+        fewest = other < fewest ? other : fewest;
+    }
+    return mine > fewest + fewest / 4;
+}
+
+/* The kernel wakes every process and the same one tends to be first, so that it would get nearly all connections: who
+ * has more than another looks away for a moment, and takes one if it is still there then. */
+static void accept_shared(struct mprpc_loop *l)
+{
+    if (l->yield_until == FOREVER && crowded_more(l)) {
+        l->yield_until = l->now + YIELD;
+        poller_set(&l->poller, l->shared, KEY_SHARED, 0, 0);
+        return;
+    }
+    accept_some(l, l->shared, 1);
+}
+
+static void watch_shared(struct mprpc_loop *l)
+{
+    if (l->shared < 0 || l->yield_until > l->now)
+        return;
+    accept_shared(l);
+    l->yield_until = FOREVER;
+    poller_set(&l->poller, l->shared, KEY_SHARED, IN, 0);
+}
+
+static void leave_shared(struct mprpc_loop *l)
+{
+    if (l->shared < 0)
+        return;
+    atomic_store(&l->crowd[l->crowd_mine], MPRPC_NOT_ACCEPTING);
+    poller_remove(&l->poller, l->shared);
+    close(l->shared);
+    l->shared = -1;
+    l->yield_until = FOREVER;
 }
 
 /* ---- other threads ---- */
@@ -1032,6 +1084,7 @@ void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace, uint64_t settle)
 static void drain_all(struct mprpc_loop *l)
 {
     l->draining = 1;
+    leave_shared(l); /* what waits there is for those who stay */
     for (uint32_t i = 0; i < l->room; i++) {
         struct connection *c = l->connections[i];
         struct mprpc_bytes out = {0};
@@ -1125,6 +1178,7 @@ static void timers(struct mprpc_loop *l)
         broken(l, l->frames.first, MPRPC_STALLED);
     while (due(&l->lingering) <= l->now)
         destroy(l, l->lingering.first, 0);
+    watch_shared(l);
     if (!l->ending && ends_at(l) <= l->now)
         end_all(l);
 }
@@ -1136,6 +1190,7 @@ static uint64_t patience(const struct mprpc_loop *l)
     if (l->queued || l->slow)
         return 0;
     at = due(&l->lingering) < at ? due(&l->lingering) : at;
+    at = l->yield_until < at ? l->yield_until : at;
     at = l->ending || ends_at(l) > at ? at : ends_at(l);
     return at == FOREVER ? FOREVER : at > l->now ? at - l->now : 0;
 }
@@ -1158,7 +1213,10 @@ static void serve(struct mprpc_loop *l, const struct ready *r)
         woken(l);
     } else if ((uint32_t)r->key == KEY_LISTENER) {
         if (l->listener >= 0)
-            accept_some(l);
+            accept_some(l, l->listener, ACCEPT_MAX);
+    } else if ((uint32_t)r->key == KEY_SHARED) {
+        if (l->shared >= 0)
+            accept_shared(l);
     } else if ((c = connection_at(l, r->key))) {
         if (r->events & OUT && c->out.size > c->sent)
             writable(l, c);
@@ -1199,6 +1257,7 @@ static void let_go(struct mprpc_loop *l)
     pthread_mutex_lock(&l->mutex);
     close_if(&l->poller.ep);
     close_if(&l->listener);
+    close_if(&l->shared);
     close_if(&l->spare);
     close_if(&l->wake[0]);
     close_if(&l->wake[1]);
@@ -1340,9 +1399,9 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
     l->limits = *limits;
     l->frames.timeout = limits->frame_timeout;
     l->lingering.timeout = LINGER;
-    l->wake[0] = l->wake[1] = l->listener = l->spare = -1;
+    l->wake[0] = l->wake[1] = l->listener = l->shared = l->spare = -1;
     l->tasks_end = &l->tasks;
-    l->grace = l->stop_at = l->settled_at = FOREVER;
+    l->grace = l->stop_at = l->settled_at = l->yield_until = FOREVER;
     pthread_mutex_init(&l->mutex, NULL);
     l->arena = malloc(ARENA);
     if (!l->arena || descriptors(l, use_poll) < 0) {
@@ -1354,15 +1413,37 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
     return l;
 }
 
-int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **loops, size_t count)
+static int spread_over(struct mprpc_loop *l, struct mprpc_loop **loops, size_t count)
 {
+    if (l->loops)
+        return 0;
     l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
     l->loops = calloc(count, sizeof *loops);
-    if (!l->loops || poller_set(&l->poller, listener, KEY_LISTENER, IN, 1) < 0)
+    if (!l->loops)
         return -1;
-    l->listener = listener;
     memcpy(l->loops, loops, count * sizeof *loops);
     l->loops_count = count;
+    return 0;
+}
+
+int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **loops, size_t count)
+{
+    if (spread_over(l, loops, count) < 0 || poller_set(&l->poller, listener, KEY_LISTENER, IN, 1) < 0)
+        return -1;
+    l->listener = listener;
+    return 0;
+}
+
+int mprpc_loop_share(struct mprpc_loop *l, int listener, struct mprpc_loop **loops, size_t count, void *crowd,
+                     size_t processes, size_t mine)
+{
+    if (spread_over(l, loops, count) < 0 || poller_set(&l->poller, listener, KEY_SHARED, IN, 1) < 0)
+        return -1;
+    l->shared = listener;
+    l->crowd = crowd;
+    l->crowd_count = processes;
+    l->crowd_mine = mine;
+    atomic_store(&l->crowd[mine], 0u);
     return 0;
 }
 

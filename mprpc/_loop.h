@@ -12,6 +12,7 @@ enum {
     MPRPC_INCIDENTS_MAX = 64,  /* remembered for the log until the next turn; more are only counted */
     MPRPC_PEER_MAX = 128,      /* bytes of an address in words */
 };
+#define MPRPC_NOT_ACCEPTING 0xffffffffu
 
 struct mprpc_limits {
     uint64_t frame_timeout;   /* ns in which a frame that has begun must make progress */
@@ -58,6 +59,11 @@ void mprpc_loop_free(struct mprpc_loop *loop);
 /* The loop accepts on this listening, non-blocking socket (it owns it from now on) and spreads the connections evenly
  * over loops[0, count). Before the first turn. 0 or -1 (errno). */
 int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count);
+/* The same for a socket that other processes accept on as well, beside or instead of the loop's own. `crowd` is memory
+ * that they share, an unsigned of each process, aligned; who does not accept has MPRPC_NOT_ACCEPTING there. A connection
+ * goes to a process that has few; when the loop drains it leaves the socket to the others at once. */
+int mprpc_loop_share(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count, void *crowd,
+                     size_t processes, size_t mine);
 
 enum {
     MPRPC_TURN_STOPPED = -1, /* nothing left to do, for good */

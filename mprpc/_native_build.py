@@ -83,6 +83,9 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
                                   int use_poll);
 void mprpc_loop_free(struct mprpc_loop *loop);
 int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count);
+#define MPRPC_NOT_ACCEPTING ...
+int mprpc_loop_share(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count, void *crowd,
+                     size_t processes, size_t mine);
 int64_t mprpc_loop_turn(struct mprpc_loop *loop, const uint8_t *replies, size_t size, const int32_t *sizes,
                         size_t count);
 struct mprpc_record *mprpc_loop_records(struct mprpc_loop *loop);
