@@ -25,14 +25,14 @@ import mprpc.subchannel
 import mprpc.unary_call
 import services
 import wire
-from mprpc import MprpcChannel, MprpcConfig, RpcProvider
+from mprpc import DeadlineExceeded, MprpcChannel, MprpcConfig, RpcProvider
 from mprpc._native import lib
 from mprpc.aio import AsyncMprpcChannel
 from mprpc.desk import Children, Exists, Read, Request
 from mprpc.embedded_zookeeper import Clock
 from mprpc.registry import Registration, Registry
 from mprpc.testing import EmbeddedZooKeeper
-from reliability import cycles, faults, restarts
+from reliability import cycles, faults, hunt, restarts
 from services import LoginResponse
 from zookeeper_server import ZooKeeper, require, shared_real_zookeeper, zookeeper  # noqa: F401
 
@@ -407,3 +407,28 @@ def dead_address() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_no_answer_reaches_the_wrong_call() -> None:
+    """A third of the calls give up while their answers are under way, and the connection is reset all the time."""
+    report = hunt.Report("hunt", 3)
+    total = hunt.run(report, seed=3, count=20_000, minutes=1.0)
+    assert total.wrong == []
+    assert [text for text in report.broken if "past" not in text and "deadline" not in text] == []  # times: `make hunt`
+    assert sum(total.ends.values()) > 19_000
+    assert min(total.ends[kind] for kind in (hunt.ANSWERED, hunt.LATE, hunt.LOST, hunt.CANCELLED)) > 50
+    assert max(total.excess) < PATIENCE
+
+
+def test_the_hunt_would_find_one() -> None:
+    """A stranger's answer, a second end, an end too early, and one that was not expected."""
+    dice, tally = hunt.random.Random(1), hunt.Tally()
+    one, two, three = (hunt.Question(number, dice) for number in (1, 2, 3))
+    one.began = two.began = three.began = time.monotonic()
+    tally.end(one, ledger_pb2.Receipt(number=2, note=two.entry.note))
+    tally.end(one, ledger_pb2.Receipt(number=1, note=one.entry.note))
+    tally.end(two, DeadlineExceeded("too early"))
+    tally.end(three, asyncio.CancelledError())
+    assert [text.partition("call ")[2][:12] for text in tally.wrong] == [
+        "1 got the an", "1 ended twic", "2 gave up 99" if two.timeout < 1 else "2 gave up 19", "3 ended with",
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from reliability import cycles, faults, herd, restarts
+from reliability import cycles, faults, herd, hunt, restarts
 
 
 class Run(Protocol):
@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[Run, int]] = {
     "outage": (faults.outage, 90),
     "herd": (herd.herd, 300),
     "cycles": (cycles.cycles, 400),
+    "hunt": (hunt.hunt, 2_000_000),
 }
 
 
