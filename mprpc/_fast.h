@@ -11,5 +11,18 @@
 /* Each unit adds its types to the module mprpc._fast: 0, or -1 with an exception set. */
 int mprpc_add_call(PyObject *module);
 int mprpc_add_serve(PyObject *module);
+int mprpc_add_context(PyObject *module);
+
+/* The controller of the call whose handler runs on this thread, borrowed, or NULL: whoever runs a handler sets it, and
+ * sets it back after. */
+extern _Thread_local PyObject *mprpc_handling;
+/* A context variable holds a scope, or has: async handlers run in this process, or threads of theirs. Never cleared. */
+extern int mprpc_scoped;
+
+/* Whether a call made here and now may have a scope to inherit from, which is context.py's to find out. */
+static inline int mprpc_inherits(void)
+{
+    return mprpc_handling || mprpc_scoped;
+}
 
 #endif

@@ -8,7 +8,7 @@ from cffi import FFI
 
 HEADERS = ("_codec.h", "_session.h", "_loop.h", "_channel.h", "_mailbox.h")
 SOURCES = ("_codec.c", "_session.c", "_loop.c", "_channel.c", "_mailbox.c", "_keeper.c")
-FAST = ("_fast.c", "_call.c", "_serve.c")  # the module mprpc._fast in the same library
+FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
 enum { MPRPC_HEADER_MAX = 65535, MPRPC_METADATA_MAX = 128, ... };

@@ -48,7 +48,7 @@ BELOW: dict[str, set[str]] = {"_codec": set(), "_session": {"_codec"}, "_loop": 
     CHANNEL - {"_codec", "_session"}, CHANNEL
 )
 # What holds Python objects, above the rest.
-FAST = {"_fast", "_call", "_serve"}
+FAST = {"_fast", "_call", "_serve", "_context"}
 BELOW |= {unit: {"_fast", *CHANNEL, "_loop"} for unit in FAST}
 SYSTEM = re.compile(r"sys/|netinet/|arpa/|poll\.h|pthread\.h|unistd\.h|time\.h|signal\.h|fcntl\.h")
 
