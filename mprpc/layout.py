@@ -51,6 +51,8 @@ class Registration(NamedTuple):
     """One service as a provider publishes it: its full proto name, its methods, and the address that callers reach.
 
     `host` is an IPv4 or IPv6 address without brackets, or a host name; `weight` is relative to other providers.
+    `shared` is for processes that serve one address together beside their own: "host:port" of that, which the seed's
+    znodes name instead; of these processes only the one that is `heir` replaces what an earlier life left there.
     """
 
     service: str
@@ -60,10 +62,18 @@ class Registration(NamedTuple):
     weight: float = 1.0
     zone: str = ""
     tags: tuple[str, ...] = ()
+    shared: str = ""
+    heir: bool = True
 
     @property
     def address(self) -> str:
         return address_of(self.host, self.port)
+
+    @property
+    def seed_address(self) -> str:
+        """What the seed's znodes say, empty where nobody could read it: C++ consumers know IPv4 only."""
+        address = self.shared or self.address
+        return address if is_ipv4(address.rpartition(":")[0]) else ""
 
 
 class Endpoint(NamedTuple):

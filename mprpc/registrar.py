@@ -8,6 +8,7 @@ is missing is created. One of another live session is left, and its watch tells 
 of this provider left is replaced, in one transaction: our address, and older than our first instance (or owned by an
 earlier session of this process). Nothing guards against replacing a live owner's node, as a new owner's node has
 version 0 as well: the look afterwards shows who owns it, and the one that lost its node claims it by its own watch.
+Of worker processes, which share an address, one is the heir that replaces; the others leave what is there.
 
 All is looked at again after each connection, when a watch fires, and on the audit. Every failure waits, longer each
 time, before the next try.
@@ -31,7 +32,7 @@ from mprpc.desk import (
     Transaction,
     Withdrawn,
 )
-from mprpc.layout import address_of, ancestors, instance_data, is_ipv4, parse_seed, seed_path, service_path
+from mprpc.layout import ancestors, instance_data, parse_seed, seed_path, service_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mprpc.desk import Answer, Desk, Fired, Publish, Timer, Withdraw
     from mprpc.layout import Registration
 
-__all__ = ["AUDIT", "MAX_LEFTOVERS", "MAX_SESSIONS", "RETRY_DELAYS", "Registrar"]
+__all__ = ["AUDIT", "HEIR_DELAY", "MAX_LEFTOVERS", "MAX_SESSIONS", "RETRY_DELAYS", "Registrar"]
 
 AUDIT = 30.0
 """Seconds, on average, between two looks at all of our nodes: what a lost watch can cost at most, half of it more."""
@@ -47,6 +48,10 @@ AUDIT = 30.0
 RETRY_DELAYS = (0.1, 30.0)
 """Seconds before a failed operation is tried again: the first and the longest wait, doubled in between. A missing
 permission needs a person; a race is over in milliseconds."""
+
+HEIR_DELAY = 1.0
+"""Seconds that a process waits at its start, where others share its address, for the heir among them to claim the
+seed's nodes: those who start together must not take them from each other. A node that goes is claimed at once."""
 
 MAX_LEFTOVERS = 10_000
 """Nodes of ours that are still to be deleted. They go with their session anyway; ten thousand are every node of some
@@ -91,11 +96,13 @@ class _Instance(_Node):
 class _Claim(_Node):
     """A method's node in the seed's layout. `wanted`: the address that each publication would like to stand there."""
 
-    __slots__ = ("address", "held", "said", "wanted")
+    __slots__ = ("address", "heir", "held", "said", "waiting", "wanted")
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.wanted: dict[int, str] = {}
+        self.heir = True  # it replaces an earlier life's node
+        self.waiting = False  # for the heir among those who share the address to be first
         self.held = False  # our session owns it
         self.address = ""  # what we wrote there last, "" if that isn't known
         self.said = ""  # the last thing that was logged of it
@@ -162,17 +169,19 @@ class Registrar:
 
     def _publish_claims(self, number: int, publication: _Publication) -> None:
         wanted = {
-            seed_path(item.service, method): address_of(item.host, item.port)
+            seed_path(item.service, method): item
             for item in publication.registrations
-            if is_ipv4(item.host)
+            if item.seed_address
             for method in item.methods
         }
         for path in [path for path in publication.claims if path not in wanted]:
             self._unclaim(number, publication.claims.pop(path))
-        for path, address in wanted.items():
+        for path, item in wanted.items():
             claim = publication.claims[path] = self._claims.setdefault(path, _Claim(path))
-            if claim.wanted.get(number) != address:
-                claim.wanted[number] = address
+            if claim.wanted.get(number) != item.seed_address:
+                claim.wanted[number] = item.seed_address
+                claim.heir = item.heir
+                claim.waiting = not item.heir
                 self._look(claim)
                 self._gone(path)  # for another publication that waits until it is deleted: it won't be
 
@@ -391,6 +400,8 @@ class Registrar:
             self._forget_claim(claim)
         elif stat.owner in self._sessions:
             self._take_over(claim)
+        elif not claim.heir:
+            self._claim_foreign(claim, stat)
         elif stat.owner and not self._first_czxid:
             claim.held = False  # nothing is known of its age yet; the first instance's look comes back to it
         elif stat.owner and stat.czxid < self._first_czxid:
@@ -402,8 +413,14 @@ class Registrar:
         claim.held = False
         if not claim.wanted:
             self._forget_claim(claim)
+        elif claim.waiting:
+            claim.retry = self._desk.later_here(HEIR_DELAY, partial(self._waited, claim))
         elif not claim.creating and claim.retry is None:
             self._create_claim(claim)
+
+    def _waited(self, claim: _Claim) -> None:
+        claim.waiting = False
+        self._look(claim)
 
     def _create_claim(self, claim: _Claim) -> None:
         if not (self._desk.connected and claim.wanted):
@@ -482,7 +499,7 @@ class Registrar:
             self._retry(claim, error, partial(self._look, claim))
 
     def _claim_foreign(self, claim: _Claim, stat: Stat) -> None:
-        claim.held = False
+        claim.held = claim.waiting = False
         what = "held by another provider; it is taken over when that one goes"
         what = what if stat.owner else "a persistent node, which no provider made; delete it to have it registered"
         if claim.said != what:

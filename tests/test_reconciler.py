@@ -34,6 +34,7 @@ from mprpc.layout import Endpoint, Registration
 from mprpc.reconciler import Reconciler
 
 A, B, C, D = (f"10.0.0.{number}:8000" for number in range(1, 5))
+SHARED = "10.0.0.1:9000"  # of worker processes
 
 
 @pytest.fixture
@@ -323,6 +324,38 @@ class TestClaims:
         world.write(LOGIN, A.encode(), owner=7)
         world.settle(registrar.AUDIT * 2)
         assert world.nodes[LOGIN].owner == 7
+
+    def test_workers_share_a_claim_without_taking_it_from_each_other(self) -> None:
+        """Processes with one shared address used to replace each other's nodes once, at their start."""
+        for seed in range(50):
+            world = World(seed)
+            owners = []
+            world.write(LOGIN, SHARED.encode(), owner=7)  # of the life before
+            workers = [world.process(address) for address in (A, B, "10.0.0.3:8000")]
+            for number, each in enumerate(workers):
+                each.connect()
+                each.publish(shared=SHARED, heir=number == 0)
+            for _ in range(40):
+                world.settle(0.1)
+                owners.append(world.nodes[LOGIN].owner)
+            assert set(owners) - {7} == {workers[0].session}
+            assert world.seed_data() == SHARED
+            assert [each.registered for each in workers] == [{1: True}] * 3
+
+            world.end_session(workers[0].kill())
+            world.settle()
+            assert world.nodes[LOGIN].owner in [each.session for each in workers[1:]]
+            assert world.seed_data() == SHARED
+
+    def test_workers_without_their_heir_claim_after_a_moment(self, world: World) -> None:
+        worker = world.process(B)
+        worker.connect()
+        worker.publish(shared=SHARED, heir=False)
+        world.settle(registrar.HEIR_DELAY * 0.9)
+        assert LOGIN not in world.nodes
+        world.settle(registrar.HEIR_DELAY * 0.2)
+        assert world.seed_data() == SHARED
+        assert worker.registered == {1: True}
 
     def test_a_deletion_hits_a_new_owner(self, world: World) -> None:
         """`delete` has no guard but the version, and that of a new owner's node is 0 as well: it heals."""
