@@ -6,8 +6,8 @@ the documentation. `...` leaves out what Python does not touch.
 
 from cffi import FFI
 
-HEADERS = ("_codec.h", "_session.h", "_loop.h", "_channel.h", "_mailbox.h")
-SOURCES = ("_codec.c", "_session.c", "_loop.c", "_channel.c", "_mailbox.c", "_keeper.c")
+HEADERS = ("_codec.h", "_session.h", "_loop.h", "_crew.h", "_channel.h", "_mailbox.h")
+SOURCES = ("_codec.c", "_session.c", "_loop.c", "_crew.c", "_channel.c", "_mailbox.c", "_keeper.c")
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
@@ -107,6 +107,29 @@ int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket
                       const uint8_t *payload, size_t size);
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
+
+#define MPRPC_CREW_PERIOD ...
+#define MPRPC_CREW_JOB ...
+#define MPRPC_CREW_STOP ...
+struct mprpc_crew_statistics { uint32_t members, standing, busy, queued; uint64_t relieved; };
+struct mprpc_crew;
+struct mprpc_member;
+struct mprpc_pace { ...; };
+struct mprpc_crew *mprpc_crew_new(uint32_t seats, uint32_t threads, uint32_t queued_max, uint64_t period);
+void mprpc_crew_free(struct mprpc_crew *crew);
+void mprpc_crew_unwanted(struct mprpc_crew *crew);
+struct mprpc_member *mprpc_member_new(struct mprpc_crew *crew);
+void mprpc_member_free(struct mprpc_member *member);
+void mprpc_crew_lead(struct mprpc_member *member, uint32_t seat);
+int mprpc_crew_stand_by(struct mprpc_member *member, int *wanted);
+int mprpc_crew_queue(struct mprpc_crew *crew);
+void mprpc_crew_stop(struct mprpc_crew *crew);
+void mprpc_crew_statistics(struct mprpc_crew *crew, struct mprpc_crew_statistics *to);
+void mprpc_leader_begins(struct mprpc_member *member);
+int mprpc_leader_ends(struct mprpc_member *member);
+void mprpc_leader_rests(struct mprpc_member *member);
+int mprpc_pace_slow(const struct mprpc_pace *pace);
+void mprpc_pace_note(struct mprpc_pace *pace, uint64_t took);
 
 #define MPRPC_CALL_SMALL ...
 #define MPRPC_CALL_FAILED ...

@@ -44,12 +44,11 @@ SHELLS = {"socket", "threading", "time", "select", "kazoo", "random", "selectors
 
 # What each C unit may include, beside its own header. Loop and channel are siblings.
 CHANNEL = {"_codec", "_session", "_link", "_channel", "_keeper", "_mailbox"}
-BELOW: dict[str, set[str]] = {"_codec": set(), "_session": {"_codec"}, "_loop": {"_codec", "_session"}} | dict.fromkeys(
-    CHANNEL - {"_codec", "_session"}, CHANNEL
-)
+BELOW: dict[str, set[str]] = {"_codec": set(), "_session": {"_codec"}, "_loop": {"_codec", "_session"}, "_crew": set()}
+BELOW |= dict.fromkeys(CHANNEL - {"_codec", "_session"}, CHANNEL)
 # What holds Python objects, above the rest.
 FAST = {"_fast", "_call", "_serve", "_context"}
-BELOW |= {unit: {"_fast", *CHANNEL, "_loop"} for unit in FAST}
+BELOW |= {unit: {"_fast", *CHANNEL, "_loop", "_crew"} for unit in FAST}
 SYSTEM = re.compile(r"sys/|netinet/|arpa/|poll\.h|pthread\.h|unistd\.h|time\.h|signal\.h|fcntl\.h")
 
 

@@ -38,21 +38,25 @@ Build = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Compiles a program of tests/c under a sanitizer, once; skips, or fails in CI, where there is none."""
+    """Compiles a program of tests/c under a sanitizer, once; skips, or fails in CI, where there is none.
+
+    plant: a mistake in a unit, to be found, by the name that is defined for it.
+    """
     directory = tmp_path_factory.mktemp("sanitized")
 
     @functools.cache
-    def built(name: str, memory: bool, *units: Path) -> Path:
-        program = directory / f"{name}-{'memory' if memory else 'threads'}"
+    def built(name: str, memory: bool, *units: Path, plant: str = "") -> Path:
+        program = directory / f"{name}-{'memory' if memory else 'threads'}{plant}"
         sources = [FUZZ / f"{name}.c", FUZZ / "standalone.c"] if name.startswith("fuzz_") else [PROGRAMS / f"{name}.c"]
         if units == tuple(PURE):
             sources.append(PROGRAMS / "oracle.c")
         flags = [*STRICT, *(MEMORY if memory else THREADS), f"-I{ROOT / 'mprpc'}", f"-I{PROGRAMS}"]
+        flags += [f"-D{plant}"] if plant else []
         made = _run([*CC, *flags, *map(str, [*sources, *units]), "-o", str(program)])
         assert made.returncode == 0, made.stderr
         return program
 
-    def checked(name: str, memory: bool, *units: Path) -> Path:
+    def checked(name: str, memory: bool, *units: Path, plant: str = "") -> Path:
         if shutil.which(CC[0]) is None:
             _without(f"there is no compiler {CC[0]}")
         try:
@@ -61,7 +65,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
             _without(f"{CC[0]} has not the sanitizers: {str(error).splitlines()[0]}")
         if _run([str(canary)]).returncode != 0:
             _without(f"programs do not run under {CC[0]}'s {'address' if memory else 'thread'} sanitizer here")
-        return built(name, memory, *units)
+        return built(name, memory, *units, plant=plant)
 
     return checked
 
