@@ -206,6 +206,10 @@ def _is_reachable(text: str) -> bool:
     return not text or (_is_host(text) and text not in ("0.0.0.0", "::"))
 
 
+def _is_delay(text: str) -> bool:
+    return text in ("off", "p95") or 0 <= float(_plain(text)) <= 86400
+
+
 def _is_word(text: str) -> bool:
     return re.search(r"[\s,\x00-\x1f\x7f]", text) is None
 
@@ -379,6 +383,22 @@ class MprpcConfig(_Checked):
     loops: int = _key(1, _Whole(1, 64), "event loops, a thread each")
     call_timeout: float = _key(5.0, _SECONDS, "seconds for a call that names no timeout")
     connect_timeout: float = _key(1.0, _SECONDS, "seconds for a connection to be made")
+    attempt_timeout: float = _key(
+        0.0, _Number(0, 86400), "seconds for one attempt of an idempotent method's call; 0: the call's"
+    )
+    retries: int = _key(
+        3, _Whole(0, 100), "attempts of a call that failed, beside those that cost no provider anything"
+    )
+    retry_backoff: float = _key(0.05, _SECONDS, "seconds before them at most, doubling (full jitter)")
+    retry_backoff_max: float = _key(1.0, _SECONDS, "what that doubles up to")
+    retry_share: float = _key(0.2, _Number(0, 1, "a number"), "retries of a channel, as a share of its calls")
+    retry_rate: float = _key(10.0, _Number(0, 1e6, "a number"), "and so many more a second")
+    hedge_delay: str = _key(
+        "off",
+        _Text("off, p95 or a number of seconds from 0 to 86400", _is_delay),
+        "when an idempotent method's call goes to a second provider too: off, p95 or seconds",
+    )
+    hedge_share: float = _key(0.05, _Number(0, 1, "a number"), "calls that do, at most, as a share of the method's")
     frame_timeout: float = _key(10.0, _SECONDS, "seconds for a frame that has begun to come whole")
     drain_timeout: float = _key(5.0, _Number(0, 86400), "seconds that calls in flight get at the provider's end")
     max_payload: int = _key(64 << 20, _Size(1, 2**31 - 1), "bytes of a message (k, M, G allowed)")
