@@ -56,6 +56,7 @@ void mprpc_session_free(struct mprpc_session *s);
 int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, size_t size, uint64_t now,
                               struct mprpc_event *events, size_t room, size_t *count, struct mprpc_bytes *out);
 int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *reply, uint8_t *to);
+void mprpc_session_unaccept(struct mprpc_session *s);
 int mprpc_session_drain(struct mprpc_session *s, struct mprpc_bytes *out);
 uint64_t mprpc_session_call(struct mprpc_session *s, uint64_t tag);
 int mprpc_session_forget(struct mprpc_session *s, uint64_t call_id);

@@ -327,8 +327,9 @@ class Directory:
         """Whether the seed's layout has said all that is asked of it; what isn't asked yet is."""
         if followed.listing or not followed.reads_seed:
             return True
-        for path in followed.methods.keys() - followed.seed_known - followed.seed_reading.keys():
-            self._read_seed(followed, path)
+        for path in list(followed.methods):  # in their order: what is decided must not hang on how a set is laid out
+            if path not in followed.seed_known and path not in followed.seed_reading:
+                self._read_seed(followed, path)
         return followed.seed_known >= followed.methods.keys()
 
     def _read_seed(self, followed: _Following, path: str) -> None:
