@@ -1,4 +1,4 @@
-"""The simulation: short runs of what `make simulation` does at length, and bugs planted to see whether it finds them."""
+"""The simulation: a short run of what `make simulation` does at length, and planted bugs that it must find."""
 
 from __future__ import annotations
 
