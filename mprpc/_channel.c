@@ -123,7 +123,10 @@ void mprpc_link_die(struct mprpc_link *k, int64_t reason)
 {
     if (!k->dead)
         k->dead = reason;
-    shutdown(k->fd, SHUT_RDWR); /* whoever waits in recv wakes up */
+    if (k->wire)
+        mprpc_wire_shutdown(k->wire, 1);
+    else
+        shutdown(k->fd, SHUT_RDWR); /* whoever waits in recv wakes up */
     while (k->first) {
         k->first->reason = k->dead;
         mprpc_session_forget(&k->session, k->first->id);
@@ -131,14 +134,38 @@ void mprpc_link_die(struct mprpc_link *k, int64_t reason)
     }
 }
 
+/* ---- system calls, or what stands for them within the process ---- */
+
+static ssize_t send_parts(struct mprpc_link *k, struct iovec *parts, size_t count)
+{
+    struct msghdr m = {.msg_iov = parts, .msg_iovlen = count};
+    ssize_t n;
+
+    if (k->wire)
+        return mprpc_wire_send(k->wire, parts, count);
+    do
+        n = count == 1 ? send(k->fd, parts->iov_base, parts->iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
+                       : sendmsg(k->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+/* Behind what is in k->in, which has room. */
+static ssize_t receive(struct mprpc_link *k, int flags)
+{
+    uint8_t *to = k->in.at + k->in.size;
+    size_t room = k->in.room - k->in.size;
+
+    return k->wire ? mprpc_wire_receive(k->wire, to, room) : recv(k->fd, to, room, flags);
+}
+
 /* ---- output ---- */
 
 void mprpc_link_flush(struct mprpc_link *k)
 {
     while (k->out.size > k->sent) {
-        ssize_t n = send(k->fd, k->out.at + k->sent, k->out.size - k->sent, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR)
-            continue;
+        struct iovec part = {k->out.at + k->sent, k->out.size - k->sent};
+        ssize_t n = send_parts(k, &part, 1);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
             mprpc_link_die(k, errno);
         if (n < 0)
@@ -158,15 +185,11 @@ static void put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head,
                 const uint8_t *payload, size_t size, int hold)
 {
     struct iovec parts[2] = {{(void *)(uintptr_t)head, head_size}, {(void *)(uintptr_t)payload, size}};
-    struct msghdr m = {.msg_iov = parts, .msg_iovlen = 2};
     ssize_t n = 0;
 
     c->sent = 1;
-    if (k->out.size == 0 && !hold) {
-        do
-            n = size ? sendmsg(k->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL)
-                     : send(k->fd, head, head_size, MSG_DONTWAIT | MSG_NOSIGNAL);
-        while (n < 0 && errno == EINTR);
+    if (k->out.size == 0 && (!hold || k->wire)) { /* a wire takes all, and tells nobody of room for more */
+        n = send_parts(k, parts, size ? 2 : 1);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
             c->sent = 0; /* not a byte of it */
             mprpc_link_die(k, errno);
@@ -304,7 +327,7 @@ void mprpc_link_look(struct mprpc_link *k)
         mprpc_link_die(k, ENOMEM);
         return;
     }
-    ssize_t n = recv(k->fd, k->in.at + k->in.size, k->in.room - k->in.size, MSG_DONTWAIT);
+    ssize_t n = receive(k, MSG_DONTWAIT);
     received(k, n, errno);
 }
 
@@ -326,7 +349,7 @@ static int poll_ms(uint64_t left)
 /* As the reader: wait for input once, act on it. 1: a signal came. */
 static int read_once(struct mprpc_link *k, uint64_t left)
 {
-    int write = k->out.size > 0 && !k->writing, why = EAGAIN;
+    int write = (k->out.size > 0 && !k->writing) || k->wire, why = EAGAIN;
     ssize_t n = -1;
 
     if (reserve(k)) {
@@ -340,15 +363,15 @@ static int read_once(struct mprpc_link *k, uint64_t left)
         set_patience(k, left);
     pthread_mutex_unlock(&k->mutex);
     if (write) {
-        struct pollfd p = {k->fd, POLLIN | POLLOUT, 0};
+        struct pollfd p = {k->fd, (short)(k->wire ? POLLIN : POLLIN | POLLOUT), 0};
         if (poll(&p, 1, poll_ms(left)) < 0)
             why = errno;
         else if (p.revents & ~POLLOUT) {
-            n = recv(k->fd, k->in.at + k->in.size, k->in.room - k->in.size, MSG_DONTWAIT);
+            n = receive(k, MSG_DONTWAIT);
             why = errno;
         }
     } else {
-        n = recv(k->fd, k->in.at + k->in.size, k->in.room - k->in.size, 0);
+        n = receive(k, 0);
         why = errno;
     }
     pthread_mutex_lock(&k->mutex);
@@ -487,7 +510,7 @@ void mprpc_call_clear(struct mprpc_call *c)
 
 /* ---- a connection ---- */
 
-struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max)
+static struct mprpc_link *link_new(int fd, struct mprpc_wire *wire, uint32_t payload_max)
 {
     struct mprpc_link *k = calloc(1, sizeof *k);
 
@@ -499,11 +522,22 @@ struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max)
 #endif
     mprpc_session_init(&k->session, NULL, payload_max, 0);
     k->fd = fd;
+    k->wire = wire;
     k->used = mprpc_clock();
     k->expiry = UINT64_MAX;
     k->pid = getpid();
     mprpc_keeper_add(k);
     return k;
+}
+
+struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max)
+{
+    return link_new(fd, NULL, payload_max);
+}
+
+struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max)
+{
+    return link_new(mprpc_wire_descriptor(wire), wire, payload_max);
 }
 
 void mprpc_link_close(struct mprpc_link *k)
@@ -527,7 +561,10 @@ void mprpc_link_free(struct mprpc_link *k)
 {
     mprpc_mailbox_detach(k);
     mprpc_keeper_remove(k);
-    close(k->fd);
+    if (k->wire)
+        mprpc_wire_close(k->wire);
+    else
+        close(k->fd);
     mprpc_session_free(&k->session);
     mprpc_bytes_free(&k->in);
     mprpc_bytes_free(&k->out);

@@ -3,6 +3,7 @@
 #define MPRPC_CHANNEL_H
 
 #include "_session.h"
+#include "_wire.h"
 
 enum {
     MPRPC_CALL_SMALL = 8192, /* a response up to this is copied into the call itself */
@@ -38,6 +39,8 @@ struct mprpc_link;
 
 /* A connected, blocking stream socket, which the link owns from now on. NULL without memory. */
 struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
+/* The same over an end that is no socket. */
+struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max);
 /* Nobody may be in a call. */
 void mprpc_link_free(struct mprpc_link *link);
 /* Any thread. Ends all calls in flight; later ones end at once. */

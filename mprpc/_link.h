@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "_mailbox.h"
+#include "_wire.h"
 
 struct mprpc_link {
     pthread_mutex_t mutex; /* of all but `in`, which is the reader's */
@@ -19,6 +20,7 @@ struct mprpc_link {
     uint64_t patience; /* ns, as set for the socket's receiving */
     int64_t dead;     /* why, 0: alive */
     int fd;
+    struct mprpc_wire *wire; /* of a connection within the process, or NULL */
     uint8_t reading, writing; /* somebody waits for input; somebody minds that out gets written */
     uint8_t boxed;            /* it is the mailbox's thread that reads */
     uint8_t owned;            /* and always will be: an event loop polls the descriptor */

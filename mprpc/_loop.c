@@ -148,6 +148,7 @@ struct connection {
     size_t progress;   /* in.size when `since` was set */
     uint32_t slot, generation;
     int fd;
+    struct mprpc_wire *wire; /* of a connection within the process, or NULL */
     uint8_t events;   /* as told to the poller */
     uint8_t waiting;  /* whole frames are left in `in`: it stands in the loop's queue, unless it is full */
     uint8_t parked;   /* waiting and full: out of the queue until its peer has read */
@@ -172,6 +173,7 @@ struct task { /* from another thread */
     struct task *next;
     struct mprpc_ticket ticket;
     int fd; /* a connection to take over, -1: an answer */
+    struct mprpc_wire *wire; /* of that connection, or NULL */
     int32_t status;
     uint8_t not_run;
     uint32_t text_size, details_size;
@@ -348,7 +350,10 @@ static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
     poller_remove(&l->poller, c->fd);
     if (reset)
         setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &abort, sizeof abort);
-    close(c->fd);
+    if (c->wire)
+        mprpc_wire_close(c->wire);
+    else
+        close(c->fd);
     l->connections[c->slot] = NULL;
     l->generations[c->slot]++;
     l->free_slots[l->free_count++] = c->slot;
@@ -370,7 +375,10 @@ static void end(struct mprpc_loop *l, struct connection *c)
     }
     if (c->out.size == c->sent && !c->shut) {
         c->shut = 1;
-        shutdown(c->fd, SHUT_WR);
+        if (c->wire)
+            mprpc_wire_shutdown(c->wire, 0);
+        else
+            shutdown(c->fd, SHUT_WR);
     }
     if (c->shut && c->peer_end)
         destroy(l, c, 0);
@@ -391,14 +399,16 @@ static void broken(struct mprpc_loop *l, struct connection *c, int64_t reason)
 
 /* ---- output ---- */
 
-static ssize_t send_some(int fd, struct iovec *parts, size_t count)
+static ssize_t send_some(const struct connection *c, struct iovec *parts, size_t count)
 {
     struct msghdr m = {.msg_iov = parts, .msg_iovlen = count};
     ssize_t n;
 
+    if (c->wire)
+        return mprpc_wire_send(c->wire, parts, count);
     do
-        n = count == 1 ? send(fd, parts->iov_base, parts->iov_len, MSG_NOSIGNAL | MSG_DONTWAIT)
-                       : sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+        n = count == 1 ? send(c->fd, parts->iov_base, parts->iov_len, MSG_NOSIGNAL | MSG_DONTWAIT)
+                       : sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
     while (n < 0 && errno == EINTR);
     return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? 0 : n;
 }
@@ -413,7 +423,7 @@ static int put(struct mprpc_loop *l, struct connection *c, const void *head, siz
     if (c->shut)
         return 0;
     if (c->out.size == c->sent) {
-        ssize_t sent = body_size ? send_some(c->fd, parts, 2) : send_some(c->fd, parts, 1);
+        ssize_t sent = send_some(c, parts, body_size ? 2 : 1);
         if (sent < 0) {
             destroy(l, c, 0);
             return -1;
@@ -468,7 +478,7 @@ static void writable(struct mprpc_loop *l, struct connection *c)
 {
     uint64_t key = key_of(c);
     struct iovec part = {c->out.at + c->sent, c->out.size - c->sent};
-    ssize_t n = send_some(c->fd, &part, 1);
+    ssize_t n = send_some(c, &part, 1);
 
     if (n < 0) {
         destroy(l, c, 0);
@@ -777,7 +787,7 @@ static void readable(struct mprpc_loop *l, struct connection *c)
         memcpy(at, c->in.at, before);
         at += before;
     }
-    n = recv(c->fd, at, room, MSG_DONTWAIT);
+    n = c->wire ? mprpc_wire_receive(c->wire, at, room) : recv(c->fd, at, room, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
         return;
     if (n < 0)
@@ -871,8 +881,16 @@ static void reset(int fd)
     close(fd);
 }
 
+static void refuse(int fd, struct mprpc_wire *wire)
+{
+    if (wire)
+        mprpc_wire_close(wire);
+    else
+        reset(fd);
+}
+
 /* l->open was counted by the loop that accepted it. */
-static void establish(struct mprpc_loop *l, int fd)
+static void establish(struct mprpc_loop *l, int fd, struct mprpc_wire *wire)
 {
     int on = 1;
     struct connection *c = calloc(1, sizeof *c);
@@ -884,6 +902,7 @@ static void establish(struct mprpc_loop *l, int fd)
     mprpc_session_init(&c->session, l->services, l->limits.payload_max, (int)l->limits.classic);
     c->session.draining = (uint8_t)(l->draining != 0); /* without GOAWAY: it may be a classic one */
     c->fd = fd;
+    c->wire = wire;
     c->slot = l->free_slots[l->free_count - 1];
     c->generation = l->generations[c->slot];
     c->events = IN;
@@ -897,7 +916,7 @@ static void establish(struct mprpc_loop *l, int fd)
 refused:
     free(c);
     atomic_fetch_sub(&l->open, 1u);
-    reset(fd);
+    refuse(fd, wire);
 }
 
 /* With the mutex held: a loop that has stopped has closed its descriptors under it. */
@@ -924,7 +943,7 @@ static void post(struct mprpc_loop *l, struct task *t)
     if (closed) {
         if (t->fd >= 0) {
             atomic_fetch_sub(&l->open, 1u);
-            reset(t->fd);
+            refuse(t->fd, t->wire);
         }
         free(t);
     }
@@ -950,7 +969,7 @@ static void spread(struct mprpc_loop *l, int fd)
     }
     atomic_fetch_add(&to->open, 1u);
     if (to == l) {
-        establish(l, fd);
+        establish(l, fd, NULL);
         return;
     }
     struct task *t = calloc(1, sizeof *t);
@@ -1071,6 +1090,23 @@ int mprpc_loop_answer(struct mprpc_loop *l, const struct mprpc_ticket *ticket, i
     return 0;
 }
 
+int mprpc_loop_adopt(struct mprpc_loop *l, struct mprpc_wire *wire)
+{
+    struct task *t = calloc(1, sizeof *t);
+
+    if (!t || atomic_fetch_add(&l->open, 1u) >= l->limits.connections_max) {
+        if (t)
+            atomic_fetch_sub(&l->open, 1u);
+        mprpc_wire_close(wire);
+        free(t);
+        return -1;
+    }
+    t->fd = mprpc_wire_descriptor(wire);
+    t->wire = wire;
+    post(l, t);
+    return 0;
+}
+
 void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace, uint64_t settle)
 {
     pthread_mutex_lock(&l->mutex);
@@ -1129,9 +1165,9 @@ static void perform(struct mprpc_loop *l, struct task *t)
 
     if (t->fd >= 0 && l->ending) {
         atomic_fetch_sub(&l->open, 1u);
-        reset(t->fd);
+        refuse(t->fd, t->wire);
     } else if (t->fd >= 0) {
-        establish(l, t->fd);
+        establish(l, t->fd, t->wire);
     } else {
         answer(l, t->ticket.connection, &r, t->bytes + t->text_size + t->details_size, t->size);
     }
@@ -1454,7 +1490,8 @@ void mprpc_loop_free(struct mprpc_loop *l)
             destroy(l, l->connections[i], 0);
     for (struct task *t = l->tasks, *next; t; t = next) {
         next = t->next;
-        close_if(&t->fd);
+        if (t->fd >= 0)
+            refuse(t->fd, t->wire);
         free(t);
     }
     while (l->held_count)

@@ -4,6 +4,7 @@
 #define MPRPC_LOOP_H
 
 #include "_session.h"
+#include "_wire.h"
 
 enum {
     MPRPC_BATCH_MAX = 256,     /* requests in one turn: what bounds how long the first one's answer waits */
@@ -101,6 +102,8 @@ size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, 
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size);
+/* Any thread. A connection that is no socket, which the loop owns from now on: 0, or -1 when the loop takes none. */
+int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
 /* Any thread. GOAWAY to all; new requests are answered UNAVAILABLE, not_run. When nothing is in flight, but not before
  * `settle` ns, or when `grace` ns have passed, the connections end and the turn returns MPRPC_TURN_STOPPED. Again, with
  * less grace: sooner. */

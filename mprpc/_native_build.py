@@ -6,8 +6,8 @@ the documentation. `...` leaves out what Python does not touch.
 
 from cffi import FFI
 
-HEADERS = ("_codec.h", "_session.h", "_loop.h", "_crew.h", "_channel.h", "_mailbox.h")
-SOURCES = ("_codec.c", "_session.c", "_loop.c", "_crew.c", "_channel.c", "_mailbox.c", "_keeper.c")
+HEADERS = ("_codec.h", "_session.h", "_wire.h", "_loop.h", "_crew.h", "_channel.h", "_mailbox.h")
+SOURCES = ("_codec.c", "_session.c", "_wire.c", "_loop.c", "_crew.c", "_channel.c", "_mailbox.c", "_keeper.c")
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
@@ -106,6 +106,8 @@ size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, 
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size);
+struct mprpc_wire;
+int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
 
@@ -152,6 +154,9 @@ struct mprpc_call {
 };
 struct mprpc_link;
 struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
+int mprpc_wire_pair(struct mprpc_wire *ends[2]);
+void mprpc_wire_close(struct mprpc_wire *end);
+struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max);
 void mprpc_link_free(struct mprpc_link *link);
 void mprpc_link_close(struct mprpc_link *link);
 int64_t mprpc_link_call(struct mprpc_link *link, struct mprpc_call *call, const uint8_t *names, size_t names_size,
