@@ -470,6 +470,21 @@ class _Hub:
         return task.result()
 
     async def _connect(self, endpoint: Subchannel) -> _Link:
+        if endpoint.address.startswith("memory:"):
+            from mprpc import memory
+
+            handle = memory.connect(endpoint.address, self._config.max_payload)
+        else:
+            handle = await self._connect_socket(endpoint)
+        endpoint.reached()
+        link = _Link(handle, endpoint.address)
+        lib.mprpc_link_attach(link.handle, self._box.handle, True)
+        self.links[endpoint.address] = link
+        self._all.add(link)
+        self._loop.add_reader(link.descriptor, self._readable, link)
+        return link
+
+    async def _connect_socket(self, endpoint: Subchannel) -> Any:
         connect = self._config.connect_timeout
         try:
             connection = await asyncio.wait_for(self._reach(endpoint.address), connect)
@@ -481,18 +496,12 @@ class _Hub:
             endpoint.rest()
             text = f"can't connect to {endpoint.address}: {error.strerror or error}"
             raise Unavailable(text, not_run=True) from None
-        endpoint.reached()
         descriptor = connection.detach()
         handle = lib.mprpc_link_new(descriptor, self._config.max_payload)
         if handle == ffi.NULL:
             os.close(descriptor)
             raise Unavailable(f"can't connect to {endpoint.address}: no memory for a connection", not_run=True)
-        link = _Link(ffi.gc(handle, lib.mprpc_link_free), endpoint.address)
-        lib.mprpc_link_attach(link.handle, self._box.handle, True)
-        self.links[endpoint.address] = link
-        self._all.add(link)
-        self._loop.add_reader(link.descriptor, self._readable, link)
-        return link
+        return ffi.gc(handle, lib.mprpc_link_free)
 
     async def _reach(self, address: str) -> socket.socket:
         host, port = split_address(address)

@@ -244,7 +244,7 @@ def _response_of(future: Future[Response]) -> Response | None:
 
 def _configured(config: MprpcConfig) -> str:
     host, port = config.rpcserverip, config.rpcserverport
-    if host.startswith("unix:"):
+    if host.startswith(("unix:", "memory:")):
         return host
     if port == 0:
         raise ConfigError("rpcserverport=0: a channel without zookeeperip calls this port, so it must be given")

@@ -196,6 +196,8 @@ def _is_host(text: str) -> bool:
 
 
 def _is_listening(text: str) -> bool:
+    if text.startswith("memory:"):
+        return _is_word(text) and text != "memory:"
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
         return path.startswith("/") and len(os.fsencode(path)) <= _MAX_UNIX_PATH
@@ -334,8 +336,8 @@ class MprpcConfig(_Checked):
 
     rpcserverip: str = _key(
         "127.0.0.1",
-        _Text("an IPv4 or IPv6 address, a host name, or unix:/path", _is_listening),
-        "where the provider listens: IPv4, IPv6, host name or unix:/path",
+        _Text("an IPv4 or IPv6 address, a host name, unix:/path or memory:name", _is_listening),
+        "where the provider listens: IPv4, IPv6, host name, unix:/path, memory:name",
     )
     rpcserverport: int = _key(0, _PORT, "its port; 0: any free one")
     zookeeperip: str = _key(

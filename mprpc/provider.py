@@ -20,6 +20,7 @@ import stat
 import struct
 import threading
 import time
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
@@ -76,6 +77,7 @@ class RpcProvider:
         self._coroutines: Coroutines | None = None
         self._coroutines_lock = threading.Lock()
         self._stopped = threading.Event()
+        self._turn = count()
         self._wakeup: socket.socket | None = None
 
     def notify_service(self, service: object) -> None:
@@ -102,7 +104,7 @@ class RpcProvider:
 
     @property
     def address(self) -> str:
-        """Where it listens, `host:port` or `unix:/path`, with the real port; empty before start()."""
+        """Where it listens, `host:port` (the real port), `unix:/path` or `memory:name`; empty before start()."""
         return self._address
 
     def start(self) -> None:
@@ -113,18 +115,35 @@ class RpcProvider:
         with self._lock:
             if self._loops or self._stopped.is_set():
                 raise RuntimeError("a provider starts once: make another one")
-            listener = _listen(self._config)
-            self._address = _address_of(listener)
-            try:
-                self._start_loops(listener)
-            except BaseException:
-                listener.close()
-                raise
+            if _is_within(self._config.rpcserverip):
+                self._serve_within()
+            else:
+                self._serve(_listen(self._config))
             _log.info("serving %s on %s", ", ".join(sorted({e.service for e in self._entries})), self._address)
             if self._config.zookeeper_hosts:
                 self._register()
 
-    def _start_loops(self, listener: socket.socket) -> None:
+    def _serve(self, listener: socket.socket) -> None:
+        self._address = _address_of(listener)
+        try:
+            self._start_loops(listener)
+        except BaseException:
+            listener.close()
+            raise
+
+    def _serve_within(self) -> None:
+        from mprpc import memory
+
+        self._address = self._config.rpcserverip
+        memory.listen(self._address, self._adopt)
+        self._start_loops(None)
+
+    def _adopt(self, end: Any) -> bool:
+        """Takes over one end of a connection within the process. Any thread."""
+        turn = next(self._turn) % self._config.loops
+        return bool(self._loops) and lib.mprpc_loop_adopt(self._loops[turn].handle, end) == 0
+
+    def _start_loops(self, listener: socket.socket | None) -> None:
         services = ffi.gc(lib.mprpc_services_new(), lib.mprpc_services_free)
         for index, entry in enumerate(self._entries):
             name = entry.name.encode()
@@ -134,10 +153,11 @@ class RpcProvider:
             _Loop(self._config, services, self._entries, number, self._run_coroutines)
             for number in range(self._config.loops)
         ]
-        handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
-        if lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops)) < 0:
-            raise ConfigError(f"can't listen on {self._address}: {os.strerror(ffi.errno)}")
-        listener.detach()
+        if listener is not None:
+            handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
+            if lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops)) < 0:
+                raise ConfigError(f"can't listen on {self._address}: {os.strerror(ffi.errno)}")
+            listener.detach()
         self._loops = loops
         for loop in loops:
             loop.thread.start()
@@ -156,8 +176,8 @@ class RpcProvider:
 
         if self._config.zookeeper == "embedded":
             self._start_embedded()
-        if self._address.startswith("unix:"):
-            _log.warning("%s is registered nowhere: ZooKeeper's readers can't reach a unix socket", self._address)
+        if self._address.startswith(("unix:", "memory:")):
+            _log.warning("%s is registered nowhere: ZooKeeper's readers can't reach it", self._address)
             return
         host, _, port = self._address.rpartition(":")
         host, port_number = advertised_address(self._config, host.strip("[]"), int(port))
@@ -224,6 +244,10 @@ class RpcProvider:
             self._embedded.stop()
         if self._address.startswith("unix:"):
             _remove_socket(self._address[5:])
+        elif _is_within(self._address):
+            from mprpc import memory
+
+            memory.ignore(self._address)
 
     def _hurry(self, grace: float) -> None:
         for loop in self._loops:
@@ -612,6 +636,10 @@ def _discard(response: object) -> None:
 
 def _too_large(size: int, limit: int) -> RpcError:
     return RpcError(Status.RESOURCE_EXHAUSTED, f"the response has {size} bytes, max_payload allows {limit}")
+
+
+def _is_within(address: str) -> bool:
+    return address.startswith("memory:")
 
 
 def _listen(config: MprpcConfig) -> socket.socket:

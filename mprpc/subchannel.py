@@ -63,27 +63,34 @@ class Subchannel:
             if self.link is None:
                 if self._failed_at >= since:
                     raise self._unreachable("another call could not reach it either")
-                connection = self._reach(deadline)
-                connection.settimeout(None)
-                link = lib.mprpc_link_new(connection.fileno(), self._config.max_payload)
-                if link == ffi.NULL:
-                    connection.close()
-                    raise self._unreachable("no memory for a connection")
-                connection.detach()
-                self.link = ffi.gc(link, lib.mprpc_link_free)
+                self.link = self._reach(deadline)
             return self.link
         finally:
             self._lock.release()
 
-    def _reach(self, deadline: int) -> socket.socket:
+    def _reach(self, deadline: int) -> Any:
         try:
-            connection = self.socket(deadline)
+            link = self._link(deadline)
         except Unavailable:
             self._failed_at = time.monotonic()
             self.rest()
             raise
         self.reached()
-        return connection
+        return link
+
+    def _link(self, deadline: int) -> Any:
+        if self.address.startswith("memory:"):
+            from mprpc import memory
+
+            return memory.connect(self.address, self._config.max_payload)
+        connection = self.socket(deadline)
+        connection.settimeout(None)
+        link = lib.mprpc_link_new(connection.fileno(), self._config.max_payload)
+        if link == ffi.NULL:
+            connection.close()
+            raise self._unreachable("no memory for a connection")
+        connection.detach()
+        return ffi.gc(link, lib.mprpc_link_free)
 
     def rest(self) -> None:
         """It could not be reached; longer each time, but once for attempts at the same time."""
@@ -101,6 +108,8 @@ class Subchannel:
         left = (deadline - time.monotonic_ns()) / _NS
         if left <= 0:
             raise self._unreachable("no connection within the call's deadline")
+        if self.address.startswith("memory:"):
+            raise self._unreachable("a memory address speaks only the framed dialect")
         connect = min(left, self._config.connect_timeout)
         try:
             host, port = split_address(self.address)
@@ -143,10 +152,12 @@ def split_address(address: str) -> tuple[str, int | None]:
     """Host and port, or path and None. Raises ValueError for what is no address."""
     if address.startswith("unix:") and len(address) > 5:
         return address[5:], None
+    if address.startswith("memory:") and len(address) > 7:
+        return address, None
     host, _, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not bare or (bare == host and ":" in host) or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{address!r} is no address: give host:port, [IPv6]:port or unix:/path")
+        raise ValueError(f"{address!r} is no address: give host:port, [IPv6]:port, unix:/path or memory:name")
     return bare, int(port)
 
 

@@ -1,6 +1,7 @@
 """What tests need of mprpc, the users' tests as much as ours.
 
-`pair` is a provider of the test's services and a channel to it, without a port and without ZooKeeper:
+`pair` is a provider of the test's services and a channel to it, within this process: no socket, no port,
+no ZooKeeper:
 
     class Users(user_mprpc.UserServiceRpc):
         def Login(self, request, controller):
@@ -11,8 +12,9 @@
             users = user_mprpc.UserServiceRpc_Stub(channel)
             assert users.Login(user_pb2.LoginRequest(pwd=b"123456")).success
 
-Both are the real ones: frames, threads, deadlines, errors and limits are production's. `serve` is the provider alone,
-for channels of any kind; `FakeRegistry` tells channels which addresses a service has, without asking anybody.
+Both are the real ones, only the bytes between them lie in memory: frames, threads, deadlines, errors and limits are
+production's. `serve` is the provider alone, for channels of any kind; `FakeRegistry` tells channels which addresses a
+service has, without asking anybody.
 
 `EmbeddedZooKeeper` is a ZooKeeper of its own for one test, on a free port, that can be made to fail in the ways a real
 one fails. Its clock stands still until the test moves it, so nothing expires by itself and no test need sleep.
@@ -23,10 +25,10 @@ imported only where pytest is already running.
 from __future__ import annotations
 
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from mprpc.channel import MprpcChannel
@@ -43,24 +45,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Code", "EmbeddedZooKeeper", "FakeRegistry", "Op", "pair", "serve"]
 
+_numbers = count()
 _GRACE = 1.0  # seconds that handlers get which still run when a test has ended
 
 
 @contextmanager
 def serve(*services: object, config: MprpcConfig | None = None) -> Iterator[str]:
-    """Serves them on a unix socket of its own and gives its address, for `MprpcChannel` and `AsyncMprpcChannel`.
+    """Serves them within this process and gives the address, for `MprpcChannel` and `AsyncMprpcChannel`.
 
     config: limits and timeouts; where to listen and to register is not taken from it. Any thread.
     """
-    with tempfile.TemporaryDirectory(prefix="mprpc-") as directory:
-        provider = RpcProvider(_at_socket(config, directory))
-        for service in services:
-            provider.notify_service(service)
-        provider.start()
-        try:
-            yield provider.address
-        finally:
-            provider.stop(_GRACE)
+    within = (config or MprpcConfig()).replace(rpcserverip=f"memory:pair-{next(_numbers)}", zookeeperip="")
+    provider = RpcProvider(within)
+    for service in services:
+        provider.notify_service(service)
+    provider.start()
+    try:
+        yield provider.address
+    finally:
+        provider.stop(_GRACE)
 
 
 @contextmanager
@@ -69,10 +72,6 @@ def pair(*services: object, config: MprpcConfig | None = None) -> Iterator[Mprpc
     with serve(*services, config=config) as address:
         with MprpcChannel((config or MprpcConfig()).replace(rpcserverip=address, zookeeperip="")) as channel:
             yield channel
-
-
-def _at_socket(config: MprpcConfig | None, directory: str) -> MprpcConfig:
-    return (config or MprpcConfig()).replace(rpcserverip=f"unix:{directory}/provider", zookeeperip="")
 
 
 class FakeRegistry:
@@ -116,7 +115,7 @@ class FakeRegistry:
         """The same for asyncio."""
         from mprpc.aio import AsyncMprpcChannel
 
-        channel = AsyncMprpcChannel("unix:/replaced")
+        channel = AsyncMprpcChannel("memory:replaced")
         channel._channel = self.channel(config, **options)
         return channel
 

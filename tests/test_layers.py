@@ -32,7 +32,19 @@ LAYERS = [
         "zookeeper_client",
         "balancer",
     },
-    {"subchannel", "target", "provider", "channel", "unary_call", "futures", "coroutines", "aio", "retry", "context"},
+    {
+        "memory",
+        "subchannel",
+        "target",
+        "provider",
+        "channel",
+        "unary_call",
+        "futures",
+        "coroutines",
+        "aio",
+        "retry",
+        "context",
+    },
     {"workers", "testing", "registry_command", "__main__", "__init__"},
 ]
 ALONE = {"embedded_zookeeper", "plugin"}
@@ -43,9 +55,14 @@ DECIDERS = {"reconciler", "registrar", "directory", "desk", "layout", "retry"}
 SHELLS = {"socket", "threading", "time", "select", "kazoo", "random", "selectors", "asyncio", "queue"}
 
 # What each C unit may include, beside its own header. Loop and channel are siblings.
-CHANNEL = {"_codec", "_session", "_link", "_channel", "_keeper", "_mailbox"}
-BELOW: dict[str, set[str]] = {"_codec": set(), "_session": {"_codec"}, "_loop": {"_codec", "_session"}, "_crew": set()}
-BELOW |= dict.fromkeys(CHANNEL - {"_codec", "_session"}, CHANNEL)
+CHANNEL = {"_codec", "_session", "_wire", "_link", "_channel", "_keeper", "_mailbox"}
+BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
+    "_codec": set(),
+    "_session": {"_codec"},
+    "_wire": {"_codec", "_session"},
+    "_loop": {"_codec", "_session", "_wire"},
+    "_crew": set(),
+}
 # What holds Python objects, above the rest.
 FAST = {"_fast", "_call", "_serve", "_context"}
 BELOW |= {unit: {"_fast", *CHANNEL, "_loop", "_crew"} for unit in FAST}

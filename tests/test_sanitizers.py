@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,8 @@ import test_session
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "c"
 FUZZ = ROOT / "tests" / "fuzz"
-UNITS = sorted(each for each in (ROOT / "mprpc").glob("_*.c") if each.name != "_native.c")
+ALL = sorted(each for each in (ROOT / "mprpc").glob("_*.c") if each.name != "_native.c")
+UNITS = [each for each in ALL if "_fast.h" not in each.read_text()]  # without those that hold Python objects
 PURE = [each for each in UNITS if each.name in ("_codec.c", "_session.c")]
 CC = shlex.split(os.environ.get("CC", "gcc"))
 STRICT = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread"]
@@ -87,11 +89,11 @@ def runs(program: Path, *arguments: str | Path) -> str:
     return ran.stdout
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=[unit.name for unit in UNITS])
+@pytest.mark.parametrize("unit", ALL, ids=[unit.name for unit in ALL])
 def test_a_unit_compiles_without_a_warning(unit: Path) -> None:
     if shutil.which(CC[0]) is None:
         _without(f"there is no compiler {CC[0]}")
-    made = _run([*CC, *STRICT, "-O2", "-c", str(unit), "-o", os.devnull])
+    made = _run([*CC, *STRICT, "-O2", f"-I{sysconfig.get_path('include')}", "-c", str(unit), "-o", os.devnull])
     assert (made.returncode, made.stderr) == (0, "")
 
 
@@ -128,3 +130,9 @@ def test_loops_and_connections_under_load(build: Build, memory: bool, poller: st
     """poller: that of the loop that accepts; the other loop has the other."""
     said = runs(build("stress", memory, *UNITS), "2", *(["poll"] if poller == "poll" else []))
     assert re.fullmatch(r"(\w+( \w+)? [1-9]\d*(, )?){7}\n", said), said
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["memory", "threads"])
+def test_connections_within_the_process(build: Build, memory: bool) -> None:
+    said = runs(build("wire", memory, *UNITS))
+    assert re.fullmatch(r"answered [1-9]\d*, refused [1-9]\d*\n", said), said

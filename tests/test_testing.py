@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import os
 import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +16,17 @@ import pytest
 import mprpc
 import services
 from held import named
-from mprpc import AsyncMprpcChannel, ConfigError, MprpcConfig, NotFound, ResourceExhausted, Unavailable
+from mprpc import (
+    AsyncMprpcChannel,
+    ConfigError,
+    DeadlineExceeded,
+    MprpcChannel,
+    MprpcConfig,
+    NotFound,
+    ResourceExhausted,
+    RpcProvider,
+    Unavailable,
+)
 from mprpc.testing import FakeRegistry, pair, serve
 
 SERVICE = "fixbug.UserServiceRpc"
@@ -47,10 +60,12 @@ def test_errors_and_limits_are_the_real_ones() -> None:
 
 
 def test_it_listens_on_no_port_and_leaves_nothing() -> None:
-    with serve(services.Users()) as address:
-        path = Path(address.removeprefix("unix:"))
-        assert path.is_socket()
-    assert not path.parent.exists()
+    before = descriptors()
+    with pair(services.Users()) as channel:
+        assert stub(channel).Login(named("somebody")).success
+        opened = [what for number, what in descriptors().items() if number not in before]
+        assert opened
+        assert not [what for what in opened if what.startswith("socket:")]
     with pytest.raises(RuntimeError, match="the test's own"), pair(services.Users()) as channel:
         raise RuntimeError("the test's own")
     with pytest.raises(Unavailable):
@@ -131,3 +146,103 @@ def test_asyncio_with_such_a_registry() -> None:
 def test_an_impossible_configuration_is_refused() -> None:
     with pytest.raises(ConfigError), pair(services.Users(), config=MprpcConfig(max_payload=0)):
         pytest.fail("never comes here")
+
+
+# ---- a connection within the process ----
+
+
+def test_both_ways_carry_more_than_a_pipe_holds() -> None:
+    def echo(request: Any, controller: Any) -> Any:
+        return services.user_pb2.LoginResponse(result=services.user_pb2.ResultCode(errmsg=request.name))
+
+    name = b"0123456789abcdef" * (1 << 18)  # 4 MiB
+    with pair(services.Users(echo)) as channel:
+        assert stub(channel).Login(services.user_pb2.LoginRequest(name=name)).result.errmsg == name
+        both = [stub(channel).Login.future(services.user_pb2.LoginRequest(name=name)) for _ in range(2)]
+        assert [each.result(30.0).result.errmsg for each in both] == [name, name]
+
+
+def test_many_threads_and_futures_get_their_own_answers() -> None:
+    with pair(services.Users(), config=MprpcConfig(loops=2)) as channel, ThreadPoolExecutor(8) as pool:
+        users = stub(channel)
+        names = [f"somebody {i}" for i in range(2000)]
+        direct = pool.map(lambda name: users.Login(named(name)).result.errmsg, names)
+        later = [users.Login.future(named(name)) for name in names]
+        assert list(direct) == [name.encode() for name in names]
+        assert [each.result(30.0).result.errmsg for each in later] == [name.encode() for name in names]
+
+
+def test_a_deadline_passes_and_the_connection_stays_good() -> None:
+    release = threading.Event()
+
+    def wait(request: Any, controller: Any) -> Any:
+        if request.name == b"slow":
+            assert release.wait(10.0)
+        return services.user_pb2.LoginResponse(success=True)
+
+    with pair(services.Users(wait)) as channel:
+        with pytest.raises(DeadlineExceeded):
+            stub(channel).Login(named("slow"), timeout=0.02)
+        release.set()
+        assert stub(channel).Login(named("fast")).success
+
+
+def test_asyncio_within_the_process() -> None:
+    async def both(address: str) -> list[bytes]:
+        async with mprpc.AsyncMprpcChannel(address) as channel:
+            users = services.user_mprpc.UserServiceRpc_AsyncStub(channel)
+            answers = await asyncio.gather(*(users.Login(named(str(i))) for i in range(100)))
+            return [answer.result.errmsg for answer in answers]
+
+    with serve(services.Users()) as address:
+        assert asyncio.run(both(address)) == [str(i).encode() for i in range(100)]
+
+
+def test_the_provider_s_end_is_seen_and_another_takes_the_name() -> None:
+    first, second = (RpcProvider(MprpcConfig(rpcserverip="memory:same")) for _ in range(2))
+    for provider in (first, second):
+        provider.notify_service(services.Users())
+    with MprpcChannel("memory:same") as channel:
+        with first:
+            assert stub(channel).Login(named("x")).success
+            with pytest.raises(ConfigError, match="another provider of this process"):
+                second.start()
+        with pytest.raises(Unavailable, match="no provider of this process listens there"):
+            stub(channel).Login(named("x"))
+        with RpcProvider(MprpcConfig(rpcserverip="memory:same")) as third:
+            assert third.address == "memory:same"
+
+
+def test_the_classic_dialect_needs_a_socket() -> None:
+    with serve(services.Users()) as address, MprpcChannel(address, dialect="classic") as channel:
+        with pytest.raises(Unavailable, match="framed"):
+            stub(channel).Login(named("x"))
+
+
+def test_connections_over_the_limit_are_refused() -> None:
+    with serve(services.Users(), config=MprpcConfig(max_connections=1)) as address:
+        with MprpcChannel(address) as one, MprpcChannel(address) as two:
+            assert stub(one).Login(named("x")).success
+            with pytest.raises(Unavailable, match="refuses more connections"):
+                stub(two).Login(named("x"))
+            one.close()
+            two.wait_ready(5.0)
+            assert stub(two).Login(named("x")).success
+
+
+def test_nothing_stays_open() -> None:
+    before = descriptors()
+    for _ in range(20):
+        with pair(services.Users()) as channel:
+            assert stub(channel).Login(named("x")).success
+        del channel
+    gc.collect()
+    assert len(descriptors()) <= len(before) + 8  # the keeper's and the mailbox's pipes stay
+
+
+def descriptors() -> dict[str, str]:
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
