@@ -108,7 +108,7 @@ def test_others_change_it_all_the_time(
     config: MprpcConfig, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = []
-    edit = administration.edit_overrides
+    edit = administration.edit_overrides  # type: ignore[attr-defined]
     client = KazooClient(config.zookeeper_hosts)
     client.start()
 

@@ -216,10 +216,10 @@ def test_asyncio_timeout_and_deadlines_agree(run: Run) -> None:
         async with calling(provider) as users:
             await users.Login(REQUEST)
             with pytest.raises(DeadlineExceeded):  # a TimeoutError too, but the call's own
-                async with asyncio.timeout(LONG):
+                async with asyncio.timeout(LONG):  # type: ignore[attr-defined, unused-ignore]
                     await users.Login(named("hold"), timeout=0.05)
             with pytest.raises(TimeoutError) as raised:
-                async with asyncio.timeout(0.05):
+                async with asyncio.timeout(0.05):  # type: ignore[attr-defined, unused-ignore]
                     await users.Login(named("hold"), timeout=LONG)
             assert not isinstance(raised.value, DeadlineExceeded)
 
@@ -318,7 +318,7 @@ def test_closing_while_it_connects(run: Run) -> None:
 def test_a_provider_that_comes_back_is_found(run: Run) -> None:
     async def main() -> None:
         with held.holding() as (holder, provider):
-            keys = {"rpcserverport": int(provider.address.rpartition(":")[2])}
+            keys: dict[str, Any] = {"rpcserverport": int(provider.address.rpartition(":")[2])}
             channel = AsyncMprpcChannel(provider.address, timeout=LONG)
             users = services.user_mprpc.UserServiceRpc_AsyncStub(channel)
             flying = [asyncio.ensure_future(users.Login(named("hold"))) for _ in range(10)]
@@ -425,7 +425,7 @@ def test_max_pending_slows_in_order_and_then_refuses(run: Run) -> None:
             ends: list[int] = []
             slowed = [asyncio.ensure_future(users.Login(named(str(i)))) for i in range(20)]
             for i, task in enumerate(slowed):
-                task.add_done_callback(lambda _, i=i: ends.append(i))  # type: ignore[misc]
+                task.add_done_callback(lambda _, i=i: ends.append(i))
             await asyncio.sleep(0.05)
             assert not ends
             slowed[3].cancel()

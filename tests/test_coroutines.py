@@ -8,6 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -253,7 +254,8 @@ def test_an_awaitable_that_is_no_coroutine() -> None:
 def test_a_callback_on_cancel_that_comes_beside_the_cancelling_is_called_once() -> None:
     """Set between the loop's look at the callbacks and its end, it was lost."""
     for _ in range(300):
-        controller, calls = MprpcController(), []
+        controller = MprpcController()
+        calls: list[int] = []
         begin = threading.Barrier(2)
 
         def cancel(controller: Any = controller, begin: Any = begin) -> None:
@@ -264,7 +266,7 @@ def test_a_callback_on_cancel_that_comes_beside_the_cancelling_is_called_once() 
         thread.start()
         begin.wait()
         for i in range(5):
-            controller.notify_on_cancel(lambda i=i, calls=calls: calls.append(i))
+            controller.notify_on_cancel(partial(calls.append, i))
         thread.join()
         assert sorted(calls) == list(range(5))
 

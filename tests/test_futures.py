@@ -447,7 +447,7 @@ def test_a_call_goes_on_to_another_provider() -> None:
     """Of two that are registered one refuses; every call gets its answer from the other."""
     with EmbeddedZooKeeper() as zookeeper:
         host, _, port = zookeeper.hosts.partition(":")
-        keys = {"zookeeperip": host, "zookeeperport": int(port)}
+        keys: dict[str, Any] = {"zookeeperip": host, "zookeeperport": int(port)}
         with services.serving(**keys) as staying, services.serving(**keys) as leaving:
             for provider in (staying, leaving):
                 assert provider.wait_registered(PATIENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -898,7 +899,7 @@ def test_faults_at_random(seed: int) -> None:
         one = chance.choice([*providers, follower])
         one.disconnect(carried_out=chance.randrange(3))
 
-    faults = [
+    faults: list[Callable[[], object]] = [
         lambda: ghosts.append(chance.choice(providers).expire(purge=False)),
         lambda: chance.choice([*providers, follower]).expire(),
         breaks,

@@ -237,7 +237,7 @@ class TestFollowing:
     ) -> None:
         with open_registry(embedded.hosts) as registry:
             view = registry.follow(SERVICE)
-            view.on_change(lambda snapshot: 1 / 0)  # type: ignore[arg-type, return-value]
+            view.on_change(lambda snapshot: 1 / 0)  # type: ignore[arg-type]
             publication = registry.publish([registration()])
             wait_until(view, lists(8000))
             publication.replace([registration(8001)])
@@ -373,7 +373,7 @@ class TestFaults:
                 made = threading.Event()
                 for path in ("/mprpc", "/UserServiceRpc"):  # while the provider makes it again
                     _delete(other, path)
-                if not other.exists(LOGIN, lambda event, made=made: made.set()):  # type: ignore[misc]
+                if not other.exists(LOGIN, lambda event, made=made: made.set()):
                     assert made.wait(PATIENCE)
                 wait_until(registry.follow(SERVICE), lists(8000))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_write_that_fails_leaves_the_old_list_and_no_rubbish(tmp_path: Path, m
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved_lists.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     saved = lists(tmp_path)
     saved.put(SERVICE, Snapshot())
     saved.write()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -80,10 +81,12 @@ def test_each_operation_and_what_it_is_answered_by(zookeeper: EmbeddedZooKeeper)
         stat = driven.answer(Exists("/a")).value
         assert isinstance(stat, Stat)
         assert driven.answer(Create("/a/b", b"data", ephemeral=True)) == Answer(driven.token)
-        data, stat = driven.answer(Read("/a/b")).value  # type: ignore[misc]
+        read: Any = driven.answer(Read("/a/b")).value
+        data, stat = read
         assert data == b"data"
         assert stat.owner == driven.client.client_id[0]  # type: ignore[index]
-        names, stat = driven.answer(Children("/a")).value  # type: ignore[misc]
+        children: Any = driven.answer(Children("/a")).value
+        names, stat = children
         assert (names, stat.cversion) == (("b",), 1)
         assert driven.answer(Delete("/a/b")) == Answer(driven.token)
 
@@ -122,7 +125,7 @@ def test_answers_come_in_the_order_of_the_requests(zookeeper: EmbeddedZooKeeper)
             driven.send(Exists("/a"))
             driven.send(Delete("/a"))
             driven.send(Transaction((Delete("/a"),)))
-        answers = []
+        answers: list[int] = []
         while len(answers) < driven.token:
             if isinstance(event := driven.take(), Answer):
                 answers.append(event.token)
