@@ -1,10 +1,10 @@
 """The provider: publishes services, answers calls.
 
-One thread turns one loop (`_loop.c`): a turn returns all requests that are there, this module parses them, runs their
+One thread turns one loop (`_loop.c`): a turn returns all requests that are there, `_serve.c` parses them, runs their
 handlers and gives all replies to the next turn. So the interpreter's lock is let go once a turn, not once a system
-call. A handler runs on its loop's thread: it must be short, and must not call a method that its own loop serves. One
-that needs time returns a Future and resolves it from another thread, or is `async def`: those run on an event loop of
-the provider's (`coroutines.py`).
+call, and what is no plain response is decided here. A handler runs on its loop's thread: it must be short, and must
+not call a method that its own loop serves. One that needs time returns a Future and resolves it from another thread, or
+is `async def`: those run on an event loop of the provider's (`coroutines.py`).
 
 Rules: every request is answered exactly once; what a handler raises becomes its own call's error and nothing else;
 services are published before the loops start and don't change after.
@@ -17,7 +17,6 @@ import os
 import signal
 import socket
 import stat
-import struct
 import threading
 import time
 from itertools import count
@@ -29,6 +28,7 @@ from mprpc._native import ffi, lib
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import ConfigError, RpcError, Status
+from mprpc.fast import native
 from mprpc.service import MethodEntry, methods_of
 
 if TYPE_CHECKING:
@@ -38,22 +38,16 @@ if TYPE_CHECKING:
     from mprpc.coroutines import Coroutines
     from mprpc.registry import Publication, Registry
 
-    Serve = Callable[[bytes, int], bytes | None]
-
 __all__ = ["RpcProvider"]
 
 _log = logging.getLogger("mprpc.provider")
 
 _BACKLOG = 4096  # connections waiting to be accepted: a herd after a restart; the kernel cuts it to somaxconn
-_AT_ONCE = 65536  # bytes of a reply from which it is sent by itself, not with its turn
 _CANCELS = 64  # cancelled calls taken from C at once
 _LOG_BURST = 10  # lines a second about bad peers; more are counted in one line
 _SETTLE = 100_000_000  # ns for which consumers that only now hear of the end still find somebody who says "not run"
 _JOIN = 1.0  # seconds beyond the grace that stop() waits for a loop's thread
 _NS = 1_000_000_000
-
-_COUNT, _SLOW, _SHIFT = lib.MPRPC_TURN_COUNT, lib.MPRPC_TURN_SLOW, lib.MPRPC_TURN_SHIFT
-_record = struct.Struct("=III")
 
 
 class RpcProvider:
@@ -336,16 +330,20 @@ class _Loop:
         if handle == ffi.NULL:
             raise ConfigError(f"no loop can be made: {os.strerror(ffi.errno)}")
         self.handle = ffi.gc(handle, lib.mprpc_loop_free)
-        self.running: MprpcController | None = None
         self._detached: dict[tuple[int, int], _ServerController] = {}
         self._coroutines = coroutines
         self._services = services  # the loop points into it
         self._max_payload = config.max_payload
-        self._controller = type("ServerController", (_ServerController,), {"_loop": self, "__slots__": ()})
-        self._serve = [self._server_of(entry) for entry in entries]
         self._lines = _Lines()
+        self.address = int(ffi.cast("uintptr_t", handle))
+        controllers = type("ServerController", (native.Controller, _ServerController), {"_loop": self, "__slots__": ()})
+        methods = tuple(
+            (e, e.request_class.FromString, e.handler, e.response_class, e.response_class.SerializeToString)
+            for e in entries
+        )
+        self.server = native.Server(self, self.address, methods, controllers, Status.OK, config.max_payload)
         # A daemon, so that a handler that never ends can't keep the interpreter alive; stop() waits for it, bounded.
-        self.thread = threading.Thread(target=self._turns, name=f"mprpc-loop-{number}", daemon=True)
+        self.thread = threading.Thread(target=self.server.run, name=f"mprpc-loop-{number}", daemon=True)
 
     def join(self, timeout: float) -> None:
         if self.thread is threading.current_thread():
@@ -354,91 +352,17 @@ class _Loop:
         if self.thread.is_alive():
             _log.error("a handler on %s has not returned, its thread is left behind", self.thread.name)
 
-    # ---- the hot path ----
+    # ---- what is not a plain response: _serve.c calls these ----
 
-    def _turns(self) -> None:
-        turn, handle, serve = lib.mprpc_loop_turn, self.handle, self._serve
-        arena = ffi.buffer(lib.mprpc_loop_bytes(handle), lib.mprpc_loop_room())
-        records = ffi.buffer(lib.mprpc_loop_records(handle), _record.size * _COUNT)
-        unpack_first = _record.unpack_from
-        replies: Any = ffi.NULL
-        sizes: Any = ffi.NULL
-        size = count = 0
-        while (told := turn(handle, replies, size, sizes, count)) >= 0:
-            count = told & _COUNT
-            sizes = ffi.NULL
-            if told & _SLOW:
-                self._log_incidents()
-                self._cancel_calls()
-            if count == 1 and not told & _SLOW:
-                method, at, length = unpack_first(records)
-                replies = serve[method](arena[at : at + length], 0)
-                if replies is not None:
-                    size = len(replies)
-                    continue
-            elif count:
-                replies, sizes = self._batch(arena[: told >> _SHIFT], records[: _record.size * count], told & _SLOW)
-                size = len(replies)
-                continue
-            replies, size, count = ffi.NULL, 0, 0
+    def _notice(self) -> None:
+        self._log_incidents()
+        self._cancel_calls()
 
-    def _batch(self, data: bytes, records: bytes, slow: int) -> tuple[bytes, list[int]]:
-        """Serves one turn's requests; their replies, and the size of each, -1 where it is sent otherwise.
+    def _raised(self, i: int, entry: MethodEntry, error: BaseException, parsing: bool) -> None:
+        self._fail(i, _error_of(entry, error, parsing=parsing))
 
-        slow: arguments, small ones too, may lie in the buffer of a frame that is larger than the turn's bytes.
-        """
-        serve, clock, expired = self._serve, time.monotonic_ns, lib.mprpc_loop_expired
-        expiry = lib.mprpc_loop_expiry(self.handle)
-        replies: list[bytes] = []
-        sizes: list[int] = []
-        for i, (method, at, length) in enumerate(_record.iter_unpack(records)):
-            if clock() >= expiry and expired(self.handle, i):
-                sizes.append(-1)
-                continue
-            arguments = self._large(data, i, at, length) if slow else data[at : at + length]
-            reply = serve[method](arguments, i)
-            if reply is None:
-                sizes.append(-1)
-            else:
-                sizes.append(len(reply))
-                replies.append(reply)
-        return b"".join(replies), sizes
-
-    def _large(self, data: bytes, i: int, at: int, length: int) -> bytes:
-        where = lib.mprpc_loop_large(self.handle, i)
-        return data[at : at + length] if where == ffi.NULL else bytes(ffi.buffer(where, length))
-
-    def _server_of(self, entry: MethodEntry) -> Serve:
-        """A function that serves one request of that method: the reply's bytes, None if it is answered otherwise."""
-        parse, handler, kind = entry.request_class.FromString, entry.handler, entry.response_class
-        new, ok = self._controller, Status.OK
-        at_once = min(_AT_ONCE, self._max_payload + 1)
-
-        def serve(arguments: bytes, i: int) -> bytes | None:
-            controller = self.running = new()
-            controller._index = i
-            try:
-                response = handler(parse(arguments), controller)
-                if type(response) is kind and controller._status is ok:
-                    reply = response.SerializeToString()
-                    if len(reply) < at_once:
-                        return reply
-                    self._reply_at_once(i, reply)
-                else:
-                    self._settle(i, entry, controller, response)
-            except BaseException as error:
-                self._fail(i, _error_of(entry, error, arguments))
-            return None
-
-        return serve
-
-    # ---- what is not a plain response ----
-
-    def _reply_at_once(self, i: int, reply: bytes) -> None:
-        if len(reply) > self._max_payload:
-            self._fail(i, _too_large(len(reply), self._max_payload))
-        else:
-            lib.mprpc_loop_reply(self.handle, i, reply, len(reply))
+    def _refuse(self, i: int, size: int) -> None:
+        self._fail(i, _too_large(size, self._max_payload))
 
     def _fail(self, i: int, error: RpcError, not_run: bool = False) -> None:
         text = error.text.encode(errors="replace")
@@ -486,14 +410,14 @@ class _Loop:
         """The error of a call that was answered later, with status OK for none, and the reply's bytes."""
         try:
             if raised is not None:
-                return _error_of(entry, raised, None), b""
+                return _error_of(entry, raised), b""
             if controller.failed():
                 return controller._error(), b""
             if type(response) is not entry.response_class:
                 return _wrong_type(entry, response), b""
             reply = response.SerializeToString()
         except BaseException as error:
-            return _error_of(entry, error, None), b""
+            return _error_of(entry, error), b""
         if len(reply) > self._max_payload:
             return _too_large(len(reply), self._max_payload), b""
         return RpcError(Status.OK), reply
@@ -528,22 +452,20 @@ class _ServerController(MprpcController):
     """Reads what C knows of the call while the handler runs; `_keep` copies it for a handler that answers later."""
 
     _loop: _Loop
-    _index: int
-
-    def _now(self) -> bool:
-        return self._loop.running is self and self._loop.thread is threading.current_thread()
 
     @property
     def peer(self) -> str:
-        if self._now():
+        index = self._loop.server.index_of(self)
+        if index >= 0:
             name = ffi.new("char[]", lib.MPRPC_PEER_MAX)
-            lib.mprpc_loop_peer(self._loop.handle, self._index, name)
+            lib.mprpc_loop_peer(self._loop.handle, index, name)
             return str(ffi.string(name).decode())
         return self._peer
 
     def time_remaining(self) -> float | None:
-        if self._now():
-            deadline = lib.mprpc_loop_deadline(self._loop.handle, self._index)
+        index = self._loop.server.index_of(self)
+        if index >= 0:
+            deadline = lib.mprpc_loop_deadline(self._loop.handle, index)
             self._deadline = deadline / _NS if deadline else None
         return super().time_remaining()
 
@@ -594,22 +516,14 @@ def _incident(reason: int, peer: str) -> str:
     return known.format(peer=peer) if known else f"{peer} is closed: {ffi.string(lib.mprpc_why(reason)).decode()}"
 
 
-def _error_of(entry: MethodEntry, error: BaseException, arguments: bytes | None) -> RpcError:
-    """What the caller hears of an exception; the traceback stays in this log."""
+def _error_of(entry: MethodEntry, error: BaseException, *, parsing: bool = False) -> RpcError:
+    """What the caller hears of an exception; the traceback stays in this log. parsing: of the arguments."""
     if isinstance(error, RpcError) and error.status:
         return RpcError(error.status, error.text, details=error.details)  # not_run is the framework's to say
-    if isinstance(error, DecodeError) and arguments is not None and not _parses(entry, arguments):
+    if isinstance(error, DecodeError) and parsing:
         return RpcError(Status.INVALID_ARGUMENT, f"the arguments are no {entry.request_class.DESCRIPTOR.full_name}")
     _log.error("%s.%s failed, its caller hears INTERNAL", entry.service, entry.name, exc_info=error)
     return RpcError(Status.INTERNAL, f"the handler raised {type(error).__name__}")
-
-
-def _parses(entry: MethodEntry, arguments: bytes) -> bool:
-    try:
-        entry.request_class.FromString(arguments)
-    except DecodeError:
-        return False
-    return True
 
 
 def _wrong_type(entry: MethodEntry, response: object) -> RpcError:
