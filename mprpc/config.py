@@ -383,6 +383,8 @@ class MprpcConfig(_Checked):
     tags: tuple[str, ...] = _key((), _Words(), "words between commas that callers can choose by")
     snapshot_dir: str = _key("", _PATH, 'directory that keeps the last lists of providers; "": none')
     loops: int = _key(1, _Whole(1, 64), "event loops, a thread each")
+    workers: int = _key(1, _Whole(1, 64), "processes that serve, for run() alone; 1: run() serves by itself")
+    worker_port: int = _key(0, _PORT, "workers' own ports, the free ones from here on; 0: any")
     call_timeout: float = _key(5.0, _SECONDS, "seconds for a call that names no timeout")
     connect_timeout: float = _key(1.0, _SECONDS, "seconds for a connection to be made")
     attempt_timeout: float = _key(
@@ -448,6 +450,10 @@ def _conflicts(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     identities = ("zookeeper_auth", "zookeeper_sasl", "zookeeper_tls_cert")
     if values["zookeeper_acl"] == "creator" and not any(values[name] for name in identities):
         yield "zookeeper_acl", "needs somebody to be: zookeeper_auth, zookeeper_sasl or zookeeper_tls_cert"
+    if int(str(values["workers"])) > 1 and str(values["rpcserverip"]).startswith("memory:"):
+        yield "workers", "can't share an address within one process, memory:"
+    if values["worker_port"] and int(str(values["worker_port"])) + 2 * int(str(values["workers"])) > 65536:
+        yield "worker_port", "leaves no room for the workers' ports, two for each, as a new one starts beside the old"
     if values["zookeeper_tls_key"] and not values["zookeeper_tls_cert"]:
         yield "zookeeper_tls_key", "needs its certificate, zookeeper_tls_cert"
 

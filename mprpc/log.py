@@ -35,7 +35,17 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["CLOSE_TIMEOUT", "MAX_LINE", "MAX_QUEUED", "SeedFormatter", "SeedLogHandler", "start", "stop"]
+__all__ = [
+    "CLOSE_TIMEOUT",
+    "MAX_LINE",
+    "MAX_QUEUED",
+    "SeedFormatter",
+    "SeedLogHandler",
+    "name_process",
+    "rest",
+    "start",
+    "stop",
+]
 
 MAX_QUEUED = 4 << 20
 """Bytes of lines that wait for the disk: some 20,000 lines, what a busy server logs while a disk hangs for seconds."""
@@ -52,6 +62,8 @@ _OVERHEAD = 200  # bytes that a queued line costs beside its own
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
+_process_name = ""  # of a worker process, and what separates it from a line's text
+
 _package = logging.getLogger("mprpc")
 _package.addHandler(logging.NullHandler())
 
@@ -60,7 +72,7 @@ class SeedFormatter(logging.Formatter):
     """`6:7:45 =>[info] text`, without the newline at the end. Any thread."""
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = [f"{_stamp(record.created, record.levelno)} {record.getMessage().translate(_ESCAPES)}"]
+        lines = [f"{_stamp(record.created, record.levelno)} {_process_name}{record.getMessage().translate(_ESCAPES)}"]
         if record.exc_info and not record.exc_text:
             record.exc_text = self.formatException(record.exc_info)
         for text in (record.exc_text, record.stack_info and self.formatStack(record.stack_info)):
@@ -128,6 +140,16 @@ class SeedLogHandler(logging.Handler):
             elif self._thread is not None:
                 self._thread.join(CLOSE_TIMEOUT)
         super().close()
+
+    def rest(self) -> None:
+        """As `flush`, and the thread ends until there is another line. Nobody may log meanwhile."""
+        thread = self._thread
+        if thread is not None:
+            self._queue.put(None)
+            thread.join(CLOSE_TIMEOUT)
+            if not thread.is_alive():
+                self._thread = None
+                self._starting.release()
 
     def _ensure_writer(self) -> None:
         if self._thread is None and self._starting.acquire(blocking=False):
@@ -279,6 +301,20 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def name_process(name: str) -> None:
+    """Begins the text of each later line of a `SeedFormatter` with `name`, such as "worker 1". Any thread."""
+    global _process_name
+    _process_name = f"{name}: " if name else ""
+
+
+def rest() -> None:
+    """Lets the threads that write end until there is another line, each after at most CLOSE_TIMEOUT: for a process of
+    one thread that is about to fork."""
+    for handler in list(_handlers):
+        handler.rest()
+
 
 _started: list[logging.Handler] = []
 _start_lock = threading.Lock()

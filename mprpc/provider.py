@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from mprpc.coroutines import Coroutines
     from mprpc.registry import Publication, Registry
+    from mprpc.workers import Supervisor, Worker
 
 __all__ = ["RpcProvider"]
 
@@ -56,6 +57,7 @@ class RpcProvider:
         with RpcProvider(MprpcConfig(rpcserverport=8000)) as provider: …      # or start() and stop()
         provider.run()                                                        # until SIGTERM or Ctrl-C
 
+    With the key `workers` over 1 it is run() alone that starts it: that forks so many processes, each of which serves.
     Without `zookeeperip` in the configuration it serves and registers nowhere. All methods: any thread.
     """
 
@@ -73,6 +75,8 @@ class RpcProvider:
         self._stopped = threading.Event()
         self._turn = count()
         self._wakeup: socket.socket | None = None
+        self._supervisor: Supervisor | None = None
+        self._worker: Worker | None = None
 
     def notify_service(self, service: object) -> None:
         """Publishes a service: an instance of a class derived from a generated one. Before start().
@@ -104,40 +108,56 @@ class RpcProvider:
     def start(self) -> None:
         """Listens, starts the loops' threads, begins to register; returns when calls can come.
 
-        Raises ConfigError when the address can't be listened on, RuntimeError when it has been started before.
+        Raises ConfigError when the address can't be listened on, and with `workers`, which only run() makes;
+        RuntimeError when it has been started before.
         """
         with self._lock:
-            if self._loops or self._stopped.is_set():
-                raise RuntimeError("a provider starts once: make another one")
+            self._check_new()
+            if self._config.workers > 1:
+                raise ConfigError(
+                    f"workers={self._config.workers}: only run() makes worker processes; start() and `with` serve in"
+                    " this one, so leave workers out"
+                )
             if _is_within(self._config.rpcserverip):
                 self._serve_within()
             else:
-                self._serve(_listen(self._config))
-            _log.info("serving %s on %s", ", ".join(sorted({e.service for e in self._entries})), self._address)
+                listener = _listen(self._config)
+                self._address = _address_of(listener)
+                self._start_loops(listener, None)
+            self._say_serving(self._address)
             if self._config.zookeeper_hosts:
-                self._register()
+                if self._config.zookeeper == "embedded":
+                    self._start_embedded()
+                self._register(self._address)
 
-    def _serve(self, listener: socket.socket) -> None:
-        self._address = _address_of(listener)
-        try:
-            self._start_loops(listener)
-        except BaseException:
-            listener.close()
-            raise
+    def _check_new(self) -> None:
+        if self._loops or self._stopped.is_set():
+            raise RuntimeError("a provider starts once: make another one")
+
+    def _say_serving(self, address: str) -> None:
+        _log.info("serving %s on %s", ", ".join(sorted({e.service for e in self._entries})), address)
 
     def _serve_within(self) -> None:
         from mprpc import memory
 
         self._address = self._config.rpcserverip
         memory.listen(self._address, self._adopt)
-        self._start_loops(None)
+        self._start_loops(None, None)
 
     def _adopt(self, end: Any) -> bool:
         """Takes over one end of a connection within the process. Any thread."""
         turn = next(self._turn) % self._config.loops
         return bool(self._loops) and lib.mprpc_loop_adopt(self._loops[turn].handle, end) == 0
 
-    def _start_loops(self, listener: socket.socket | None) -> None:
+    def _start_loops(self, listener: socket.socket | None, worker: Worker | None) -> None:
+        try:
+            self._make_loops(listener, worker)
+        except BaseException:
+            if listener is not None:
+                listener.close()
+            raise
+
+    def _make_loops(self, listener: socket.socket | None, worker: Worker | None) -> None:
         services = ffi.gc(lib.mprpc_services_new(), lib.mprpc_services_free)
         for index, entry in enumerate(self._entries):
             name = entry.name.encode()
@@ -147,10 +167,15 @@ class RpcProvider:
             _Loop(self._config, services, self._entries, number, self._run_coroutines)
             for number in range(self._config.loops)
         ]
+        handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
+        failed = 0
         if listener is not None:
-            handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
-            if lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops)) < 0:
-                raise ConfigError(f"can't listen on {self._address}: {os.strerror(ffi.errno)}")
+            failed = lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops))
+        if worker is not None and not failed:
+            failed = _share(loops[0].handle, handles, worker)
+        if failed:
+            raise ConfigError(f"can't listen on {self._address}: {os.strerror(ffi.errno)}")
+        if listener is not None:
             listener.detach()
         self._loops = loops
         for loop in loops:
@@ -164,17 +189,15 @@ class RpcProvider:
                 self._coroutines = Coroutines()
             return self._coroutines
 
-    def _register(self) -> None:
+    def _register(self, own: str) -> None:
+        """Publishes `own`, the address that this process alone listens on."""
         from mprpc.probe import probe
-        from mprpc.registry import Registration, Registry, advertised_address
+        from mprpc.registry import Registration, Registry
 
-        if self._config.zookeeper == "embedded":
-            self._start_embedded()
-        if self._address.startswith(("unix:", "memory:")):
-            _log.warning("%s is registered nowhere: ZooKeeper's readers can't reach it", self._address)
+        if own.startswith(("unix:", "memory:")):
+            _log.warning("%s is registered nowhere: ZooKeeper's readers can't reach it", own)
             return
-        host, _, port = self._address.rpartition(":")
-        host, port_number = advertised_address(self._config, host.strip("[]"), int(port))
+        host, port, shared = self._advertised(own)
         services: dict[str, list[str]] = {}
         for entry in self._entries:
             services.setdefault(entry.service, []).append(entry.name)
@@ -185,14 +208,27 @@ class RpcProvider:
                     service=service,
                     methods=tuple(methods),
                     host=host,
-                    port=port_number,
+                    port=port,
                     weight=self._config.weight,
                     zone=self._config.zone,
                     tags=self._config.tags,
+                    shared=shared,
+                    heir=self._worker is None or self._worker.number == 0,
                 )
                 for service, methods in services.items()
             ]
         )
+
+    def _advertised(self, own: str) -> tuple[str, int, str]:
+        """Host and port that callers are told, and the address that workers share; advertise_port is of the latter."""
+        from mprpc.registry import advertised_address
+
+        config, (host, port) = self._config, _host_and_port(own)
+        if self._worker is None:
+            return *advertised_address(config, host, port), ""
+        shared_host, shared_port = advertised_address(config, *_host_and_port(self._address))
+        shared = f"[{shared_host}]:{shared_port}" if ":" in shared_host else f"{shared_host}:{shared_port}"
+        return *advertised_address(config.replace(advertise_port=0), host, port), shared
 
     def _start_embedded(self) -> None:
         from mprpc.embedded_zookeeper import start_unless_answering
@@ -220,7 +256,9 @@ class RpcProvider:
         with self._lock:
             first = not self._stopped.is_set()
             self._stopped.set()
-            if first:
+            if self._supervisor is not None:
+                self._supervisor.stop()
+            elif first:
                 self._leave(time.monotonic() + grace)
         self._wake()
 
@@ -236,7 +274,7 @@ class RpcProvider:
             self._registry.close()
         if self._embedded is not None:
             self._embedded.stop()
-        if self._address.startswith("unix:"):
+        if self._address.startswith("unix:") and self._worker is None:
             _remove_socket(self._address[5:])
         elif _is_within(self._address):
             from mprpc import memory
@@ -251,7 +289,12 @@ class RpcProvider:
         """Starts, unless it has started, and serves until SIGTERM, SIGINT or stop(); a second signal stops at once.
 
         On the main thread it handles both signals, and restores their handlers after; on another it waits for stop().
+        With the key `workers` over 1 this process serves nothing itself: it forks so many that do, replaces those that
+        die, restarts them one by one at SIGHUP, and returns when all have ended; main thread only. Raises as start().
         """
+        if self._config.workers > 1:
+            self._supervise()
+            return
         if not self._loops:
             self.start()
         if threading.current_thread() is threading.main_thread():
@@ -288,6 +331,81 @@ class RpcProvider:
                 wakeup.send(b"\0")
         except OSError:
             _log.debug("run() is awake already")
+
+    # ---- worker processes ----
+
+    def _supervise(self) -> None:
+        from mprpc.workers import Shared, Supervisor
+
+        config = self._config
+        with self._lock:
+            self._check_new()
+            if config.zookeeper_hosts:
+                from mprpc.zookeeper_client import load_kazoo
+
+                load_kazoo()  # once here, not in each process
+            listener = _listen(config)
+            self._address = _address_of(listener)
+            embedded = self._embed if config.zookeeper == "embedded" else None
+            shared = Shared(listener, 2 * config.workers)
+            self._supervisor = Supervisor(shared, config.workers, self._work, embedded, config.drain_timeout)
+        self._say_serving(self._address)
+        try:
+            self._supervisor.run()
+        finally:
+            self._stopped.set()
+            listener.close()
+            if self._address.startswith("unix:"):
+                _remove_socket(self._address[5:])
+
+    def _work(self, worker: Worker) -> None:
+        """A worker's life, in its process."""
+        self._supervisor, self._worker = None, worker
+        worker.hurry = lambda: self._hurry(0)
+        own = ""
+        listener = self._own_listener()
+        if listener is not None:
+            own = _address_of(listener)
+        self._start_loops(listener, worker)
+        worker.said("serving")
+        if self._config.zookeeper_hosts:
+            self._register(own or self._address)
+        threading.Thread(target=self._tell_when_registered, name="mprpc-worker", daemon=True).start()
+        worker.wait()
+        self.stop()
+
+    def _own_listener(self) -> socket.socket | None:
+        """Beside the shared one, where there is somebody to be told of it."""
+        config = self._config
+        if config.rpcserverip.startswith("unix:") or not (config.zookeeper_hosts or config.worker_port):
+            return None
+        if not config.worker_port:
+            return _listen(config.replace(rpcserverport=0))
+        for port in range(config.worker_port, config.worker_port + 2 * config.workers):
+            try:
+                return _listen(config.replace(rpcserverport=port))
+            except ConfigError as error:
+                failed = error
+        raise failed
+
+    def _tell_when_registered(self) -> None:
+        worker = self._worker
+        while worker is not None and not self._stopped.is_set():
+            if self.wait_registered(3600.0):
+                worker.said("registered")
+                return
+
+    def _embed(self, worker: Worker) -> None:
+        """The embedded ZooKeeper's life, in its process."""
+        self._supervisor = None
+        try:
+            self._start_embedded()
+        except OSError as error:
+            raise ConfigError(f"no ZooKeeper can be started at {self._config.zookeeper_hosts}: {error}") from None
+        worker.said("serving" if self._embedded is not None else "needless")
+        if self._embedded is not None:
+            worker.wait()
+            self._embedded.stop()
 
     def __enter__(self) -> RpcProvider:
         self.start()
@@ -554,6 +672,18 @@ def _too_large(size: int, limit: int) -> RpcError:
 
 def _is_within(address: str) -> bool:
     return address.startswith("memory:")
+
+
+def _share(handle: Any, handles: Any, worker: Worker) -> int:
+    shared = worker.shared
+    descriptor = shared.listener.detach()
+    count, processes = len(handles), shared.processes
+    return int(lib.mprpc_loop_share(handle, descriptor, handles, count, shared.counts, processes, worker.place))
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _listen(config: MprpcConfig) -> socket.socket:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 else:
     _Threading = object  # kazoo is imported when a client is made
 
-__all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options", "own_acl"]
+__all__ = ["CONNECT_TIMEOUT", "RETRY_DELAY", "ZooKeeperClient", "kazoo_options", "load_kazoo", "own_acl"]
 
 CONNECT_TIMEOUT = 1.5
 """Seconds for a TCP connection (and TLS) to one server. kazoo would wait for the session's timeout, for which the next
@@ -69,6 +69,11 @@ _log = logging.getLogger(__name__)
 _kazoo_log = logging.getLogger("mprpc.kazoo")
 # kazoo warns at each failed attempt, and prints whole requests, credentials included, when it debugs.
 _kazoo_log.addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def load_kazoo() -> None:
+    """What the first client would import. It starts no thread."""
+    import kazoo.client  # noqa: F401
 
 
 class _Lost:

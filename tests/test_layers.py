@@ -44,8 +44,9 @@ LAYERS = [
         "aio",
         "retry",
         "context",
+        "workers",
     },
-    {"workers", "testing", "registry_command", "__main__", "__init__"},
+    {"testing", "registry_command", "__main__", "__init__"},
 ]
 ALONE = {"embedded_zookeeper", "plugin"}
 MAY_EMBED = {"provider", "workers", "testing", "__main__"}

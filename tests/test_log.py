@@ -511,3 +511,31 @@ def test_a_directory_that_cant_be_made_is_refused_at_the_start(package: logging.
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         log.start(logdir=str(tmp_path / "file" / "logs"))
+
+
+# ---- worker processes ----
+
+
+def test_a_process_can_be_named(tmp_path: Path) -> None:
+    formatter = log.SeedFormatter()
+    record = logging.LogRecord("mprpc", logging.INFO, "", 0, "text", None, None)
+    log.name_process("worker 1")
+    try:
+        assert formatter.format(record).endswith("=>[info] worker 1: text")
+    finally:
+        log.name_process("")
+    assert formatter.format(record).endswith("=>[info] text")
+
+
+def test_at_rest_there_is_no_thread_and_nothing_is_lost(tmp_path: Path) -> None:
+    before = threading.active_count()
+    handler = log.SeedLogHandler(tmp_path)
+    logger = logging.Logger("resting")
+    logger.addHandler(handler)
+    for number in range(3):
+        logger.warning("line %d", number)
+        log.rest()
+        assert threading.active_count() == before
+        (file,) = tmp_path.glob("*")
+        assert len(file.read_text().splitlines()) == number + 1
+    handler.close()
