@@ -246,7 +246,9 @@ static void handle(Server *s, uint32_t i)
     }
     s->running = controller;
     s->index = i;
+    mprpc_handling = controller;
     PyObject *response = PyObject_CallFunctionObjArgs(m->handler, request, controller, NULL);
+    mprpc_handling = NULL;
     Py_DECREF(request);
     returned(s, i, m, controller, response);
 }
