@@ -77,6 +77,8 @@ static int sleep_on(struct mprpc_link *k, struct mprpc_call *c, uint64_t end)
 
 static void enlist(struct mprpc_link *k, struct mprpc_call *c)
 {
+    if (k->load)
+        mprpc_load_begin(k->load);
     c->pending = 1;
     c->after = NULL;
     c->before = k->last;
@@ -84,22 +86,49 @@ static void enlist(struct mprpc_link *k, struct mprpc_call *c)
     k->last = c;
 }
 
-void mprpc_link_drop(struct mprpc_link *k, struct mprpc_call *c)
+void mprpc_link_drop(struct mprpc_link *k, struct mprpc_call *c, enum mprpc_load_verdict verdict)
 {
+    if (k->load)
+        mprpc_load_end(k->load, c->began, k->now, verdict);
     *(c->before ? &c->before->after : &k->first) = c->after;
     *(c->after ? &c->after->before : &k->last) = c->before;
     c->before = c->after = NULL;
     c->pending = 0;
 }
 
-void mprpc_link_end(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome)
+/* What an answer says of the endpoint. */
+static enum mprpc_load_verdict judged(const struct mprpc_frame *f)
 {
-    mprpc_link_drop(k, c);
+    enum { DEADLINE_EXCEEDED = 4, RESOURCE_EXHAUSTED = 8, UNAVAILABLE = 14 };
+    int failed = f->status == UNAVAILABLE || f->status == DEADLINE_EXCEEDED ||
+                 (f->status == RESOURCE_EXHAUSTED && f->not_run);
+
+    return failed ? MPRPC_LOAD_FAILED : MPRPC_LOAD_OK;
+}
+
+/* What it says that there is none. */
+static enum mprpc_load_verdict judged_without(const struct mprpc_call *c, int64_t outcome)
+{
+    int ours = c->reason == MPRPC_LINK_CLOSED || c->reason == MPRPC_LINK_GOAWAY || c->reason == ENOMEM;
+
+    if (outcome == MPRPC_CALL_TIMEOUT || (outcome == MPRPC_CALL_BROKEN && !ours))
+        return MPRPC_LOAD_FAILED;
+    return MPRPC_LOAD_UNDECIDED;
+}
+
+static void finish(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome, enum mprpc_load_verdict verdict)
+{
+    mprpc_link_drop(k, c, verdict);
     c->outcome = outcome;
     if (c->mail)
         mprpc_mail(k, c, outcome, NULL);
     else
         wake(k, c);
+}
+
+void mprpc_link_end(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome)
+{
+    finish(k, c, outcome, judged_without(c, outcome));
 }
 
 /* Nobody reads though somebody waits: the mailbox's thread does, or the first caller who can. */
@@ -123,6 +152,7 @@ void mprpc_link_die(struct mprpc_link *k, int64_t reason)
 {
     if (!k->dead)
         k->dead = reason;
+    k->now = mprpc_clock();
     if (k->wire)
         mprpc_wire_shutdown(k->wire, 1);
     else
@@ -224,7 +254,7 @@ static void deliver(struct mprpc_link *k, const struct mprpc_event *e, int steal
     int64_t outcome = f->status == 0 ? (int64_t)f->payload_size : MPRPC_CALL_FAILED;
 
     if (c->mail) {
-        mprpc_link_drop(k, c);
+        mprpc_link_drop(k, c, judged(f));
         mprpc_mail(k, c, outcome, f);
         return;
     }
@@ -250,7 +280,7 @@ static void deliver(struct mprpc_link *k, const struct mprpc_event *e, int steal
         c->reason = ENOMEM;
         outcome = MPRPC_CALL_BROKEN;
     }
-    mprpc_link_end(k, c, outcome);
+    finish(k, c, outcome, judged(f));
 }
 
 /* GOAWAY: what is above the highest accepted never ran. */
@@ -311,6 +341,7 @@ static int reserve(struct mprpc_link *k)
 static void received(struct mprpc_link *k, ssize_t n, int why)
 {
     if (n > 0) {
+        k->now = mprpc_clock();
         k->in.size += (size_t)n;
         process(k);
     } else if (n == 0) {
@@ -409,22 +440,27 @@ static void leave(struct mprpc_link *k)
         mprpc_keeper_call();
 }
 
-/* With the mutex held; gives it back. */
-static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
+/* Nobody can wake a reader, so one whose call may be cancelled looks for that now and then. */
+static uint64_t patience(const struct mprpc_call *c, uint64_t left)
 {
-    uint64_t now = mprpc_clock(), air = now + AIR, end = c->deadline < air ? c->deadline : air;
+    return c->cancelled && left > MPRPC_CANCEL_MS * MS ? MPRPC_CANCEL_MS * MS : left;
+}
+
+/* With the mutex held; gives it back. */
+static int64_t await(struct mprpc_link *k, struct mprpc_call *c, uint64_t now)
+{
+    uint64_t air = now + AIR, end = c->deadline < air ? c->deadline : air;
     int interrupted = 0;
 
-    c->away = 0;
-    for (; c->pending && !interrupted; now = mprpc_clock()) {
+    for (c->away = 0; c->pending && !interrupted; now = c->pending ? mprpc_clock() : 0) {
         if (now >= c->deadline) {
+            k->now = now;
             mprpc_session_forget(&k->session, c->id);
-            mprpc_link_drop(k, c);
-            c->outcome = MPRPC_CALL_TIMEOUT;
+            mprpc_link_end(k, c, MPRPC_CALL_TIMEOUT);
         } else if (now >= air) {
             interrupted = 1;
         } else if (!k->reading || (k->boxed && !k->owned)) { /* the mailbox's thread may be busy with its mail */
-            interrupted = read_once(k, end - now);
+            interrupted = read_once(k, patience(c, end - now));
         } else if (k->out.size && !k->writing) {
             interrupted = write_once(k, end - now);
         } else {
@@ -434,18 +470,19 @@ static int64_t await(struct mprpc_link *k, struct mprpc_call *c)
     c->away = c->pending;
     int64_t outcome = c->pending ? MPRPC_CALL_INTERRUPTED : c->outcome;
     if (!k->first)
-        k->used = mprpc_clock();
+        k->used = k->now;
     leave(k);
     pthread_mutex_unlock(&k->mutex);
     return outcome;
 }
 
 int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *names, size_t names_size,
-                        const uint8_t *payload, size_t size, uint64_t timeout, int hold)
+                        const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold)
 {
     uint8_t head[MPRPC_CALL_ROOM + MPRPC_NAMES_MAX + COPIED];
     uint64_t now = mprpc_clock(), ms = (timeout + MS - 1) / MS;
 
+    c->began = now;
     c->deadline = now + timeout;
     c->sent = c->not_run = 0;
     if (!k->dead && !k->first && (!k->reading || k->owned) && now - k->used > IDLE)
@@ -459,7 +496,7 @@ int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_
     enlist(k, c);
     k->mails += c->mail;
     size_t n = mprpc_put_call(head, names, (uint32_t)names_size, (uint32_t)size, c->id,
-                              ms > UINT32_MAX ? UINT32_MAX : ms ? (uint32_t)ms : 1);
+                              ms > UINT32_MAX ? UINT32_MAX : ms ? (uint32_t)ms : 1, attempt);
     if (size && size <= COPIED) {
         memcpy(head + n, payload, size);
         n += size;
@@ -473,12 +510,19 @@ int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_
 }
 
 int64_t mprpc_link_call(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *names, size_t names_size,
-                        const uint8_t *payload, size_t size, uint64_t timeout)
+                        const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt,
+                        const struct mprpc_flag *cancelled)
 {
+    int64_t id = MPRPC_CALL_CANCELLED;
+
+    c->cancelled = cancelled;
     pthread_mutex_lock(&k->mutex);
-    int64_t id = mprpc_link_send(k, c, names, names_size, payload, size, timeout, 0);
+    if (!cancelled || !atomic_load(&cancelled->set)) /* looked at under the mutex: who cancels takes it after setting it */
+        id = mprpc_link_send(k, c, names, names_size, payload, size, timeout, attempt, 0);
+    else
+        c->sent = c->not_run = 0;
     if (id > 0)
-        return await(k, c);
+        return await(k, c, timeout < MS ? mprpc_clock() : c->began); /* sending takes less than that */
     pthread_mutex_unlock(&k->mutex);
     return id;
 }
@@ -486,18 +530,50 @@ int64_t mprpc_link_call(struct mprpc_link *k, struct mprpc_call *c, const uint8_
 int64_t mprpc_link_wait(struct mprpc_link *k, struct mprpc_call *c)
 {
     pthread_mutex_lock(&k->mutex);
-    return await(k, c);
+    return await(k, c, mprpc_clock());
 }
 
 void mprpc_link_forget(struct mprpc_link *k, struct mprpc_call *c)
 {
     pthread_mutex_lock(&k->mutex);
     if (c->pending) {
+        k->now = mprpc_clock();
         mprpc_session_forget(&k->session, c->id);
-        mprpc_link_drop(k, c);
+        mprpc_link_drop(k, c, MPRPC_LOAD_UNDECIDED);
     }
     leave(k);
     pthread_mutex_unlock(&k->mutex);
+}
+
+void mprpc_link_tell_cancel(struct mprpc_link *k, uint64_t id)
+{
+    struct mprpc_reply cancel = {.call_id = id, .kind = MPRPC_CANCEL};
+    uint8_t frame[MPRPC_REPLY_ROOM];
+
+    if (!k->dead && mprpc_bytes_add(&k->out, frame, mprpc_put_reply(frame, &cancel)) == 0 && !k->owned)
+        mprpc_link_flush(k);
+}
+
+int mprpc_link_cancel_call(struct mprpc_link *k, struct mprpc_flag *cancelled)
+{
+    struct mprpc_call *c = NULL;
+
+    atomic_store(&cancelled->set, 1u);
+    if (!k)
+        return 0;
+    pthread_mutex_lock(&k->mutex);
+    for (c = k->first; c && c->cancelled != cancelled; c = c->after)
+        continue;
+    if (c) {
+        uint64_t id = c->id;
+        k->now = mprpc_clock();
+        mprpc_session_forget(&k->session, id);
+        mprpc_link_end(k, c, MPRPC_CALL_CANCELLED); /* its thread has the mutex to wait for, then it is gone */
+        mprpc_link_tell_cancel(k, id);
+        leave(k);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    return c != NULL;
 }
 
 void mprpc_call_clear(struct mprpc_call *c)
@@ -523,7 +599,7 @@ static struct mprpc_link *link_new(int fd, struct mprpc_wire *wire, uint32_t pay
     mprpc_session_init(&k->session, NULL, payload_max, 0);
     k->fd = fd;
     k->wire = wire;
-    k->used = mprpc_clock();
+    k->used = k->now = mprpc_clock();
     k->expiry = UINT64_MAX;
     k->pid = getpid();
     mprpc_keeper_add(k);
@@ -538,6 +614,11 @@ struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max)
 struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max)
 {
     return link_new(mprpc_wire_descriptor(wire), wire, payload_max);
+}
+
+void mprpc_link_measure(struct mprpc_link *k, struct mprpc_load *load)
+{
+    k->load = mprpc_load_hold(load);
 }
 
 void mprpc_link_close(struct mprpc_link *k)
@@ -569,5 +650,6 @@ void mprpc_link_free(struct mprpc_link *k)
     mprpc_bytes_free(&k->in);
     mprpc_bytes_free(&k->out);
     pthread_mutex_destroy(&k->mutex);
+    mprpc_load_drop(k->load);
     free(k);
 }

@@ -230,7 +230,7 @@ size_t mprpc_put_reply(uint8_t *to, const struct mprpc_reply *r)
 }
 
 size_t mprpc_put_call(uint8_t *to, const uint8_t *names, uint32_t names_size, uint32_t args_size, uint64_t call_id,
-                      uint32_t timeout_ms)
+                      uint32_t timeout_ms, uint32_t attempt)
 {
     uint8_t *at = to + MPRPC_PREFIX;
 
@@ -239,6 +239,7 @@ size_t mprpc_put_call(uint8_t *to, const uint8_t *names, uint32_t names_size, ui
     at = put_scalar(at + names_size, 3, args_size);
     at = put_scalar(at, 4, call_id);
     at = put_scalar(at, 6, timeout_ms);
+    at = put_scalar(at, 20, attempt);
     return put_size(to, at);
 }
 

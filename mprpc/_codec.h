@@ -69,7 +69,7 @@ struct mprpc_reply {
 size_t mprpc_put_reply(uint8_t *to, const struct mprpc_reply *reply);
 /* names: the fields service_name and method_name, serialized (made once for a method by mprpc_put_names). */
 size_t mprpc_put_call(uint8_t *to, const uint8_t *names, uint32_t names_size, uint32_t args_size, uint64_t call_id,
-                      uint32_t timeout_ms);
+                      uint32_t timeout_ms, uint32_t attempt);
 /* Room: 12 bytes beside the names. */
 size_t mprpc_put_names(uint8_t *to, const uint8_t *service, uint32_t service_size, const uint8_t *method,
                        uint32_t method_size);

@@ -27,6 +27,8 @@ struct mprpc_link {
     uint32_t mails;           /* calls in flight that end in the mailbox */
     uint64_t expiry;          /* no such call's deadline is before */
     struct mprpc_mailbox *box; /* constant once attached */
+    struct mprpc_load *load;  /* where its calls are counted, or NULL */
+    uint64_t now;             /* when something last came, or else the calls that end now end */
     pid_t pid;                /* the process that made it */
     struct { /* under the mutex of the one who has the list */
         struct mprpc_link *before, *after;
@@ -53,8 +55,11 @@ void mprpc_link_promote(struct mprpc_link *k);
 /* Numbers a call and writes its frame; hold: only behind what is to be written. Its call_id, or why not. A call that
  * ends as mail may have ended, and be freed, when this returns. */
 int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *names, size_t names_size,
-                        const uint8_t *payload, size_t size, uint64_t timeout, int hold);
-void mprpc_link_drop(struct mprpc_link *k, struct mprpc_call *c);
+                        const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold);
+/* CANCEL to the provider. */
+void mprpc_link_tell_cancel(struct mprpc_link *k, uint64_t id);
+/* It is no longer in flight; k->now is when it ended. */
+void mprpc_link_drop(struct mprpc_link *k, struct mprpc_call *c, enum mprpc_load_verdict verdict);
 void mprpc_link_end(struct mprpc_link *k, struct mprpc_call *c, int64_t outcome);
 
 /* _keeper.c: every link from birth to death. */

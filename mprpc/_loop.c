@@ -166,6 +166,7 @@ struct list {
 struct request {
     uint64_t connection, call_id, deadline;
     const uint8_t *large;
+    uint32_t attempt;
     uint8_t open; /* not yet answered or detached */
 };
 
@@ -679,7 +680,8 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
         uint32_t at = own ? 0 : (uint32_t)(e->frame.payload - l->arena);
         if (own)
             l->slow = MPRPC_TURN_SLOW;
-        l->requests[l->count] = (struct request){key, e->frame.call_id, e->deadline, own ? e->frame.payload : NULL, 1};
+        l->requests[l->count] = (struct request){key, e->frame.call_id, e->deadline, own ? e->frame.payload : NULL,
+                                                 e->frame.attempt, 1};
         l->records[l->count++] = (struct mprpc_record){e->method, at, e->frame.payload_size};
     }
 }
@@ -1349,6 +1351,11 @@ const uint8_t *mprpc_loop_large(struct mprpc_loop *l, uint32_t i)
 uint64_t mprpc_loop_deadline(struct mprpc_loop *l, uint32_t i)
 {
     return i < l->count ? l->requests[i].deadline : 0;
+}
+
+uint32_t mprpc_loop_attempt(struct mprpc_loop *l, uint32_t i)
+{
+    return i < l->count ? l->requests[i].attempt : 0;
 }
 
 uint64_t mprpc_loop_expiry(struct mprpc_loop *l)

@@ -87,6 +87,7 @@ const uint8_t *mprpc_loop_large(struct mprpc_loop *loop, uint32_t i); /* its arg
 int mprpc_loop_expired(struct mprpc_loop *loop, uint32_t i); /* 1: its deadline has passed, which was answered */
 uint64_t mprpc_loop_expiry(struct mprpc_loop *loop); /* the first deadline of the turn, monotonic ns, or UINT64_MAX */
 uint64_t mprpc_loop_deadline(struct mprpc_loop *loop, uint32_t i); /* monotonic ns, 0 for none */
+uint32_t mprpc_loop_attempt(struct mprpc_loop *loop, uint32_t i); /* 0: the caller's first */
 void mprpc_loop_peer(struct mprpc_loop *loop, uint32_t i, char *peer);
 void mprpc_loop_reply(struct mprpc_loop *loop, uint32_t i, const uint8_t *payload, size_t size); /* at once */
 void mprpc_loop_fail(struct mprpc_loop *loop, uint32_t i, int32_t status, int not_run, const uint8_t *text,

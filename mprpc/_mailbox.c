@@ -146,7 +146,8 @@ static void settle(struct mprpc_link *k)
 }
 
 int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *names, size_t names_size,
-                          const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason)
+                          const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold,
+                          int64_t *reason)
 {
     struct mprpc_call *c = calloc(1, sizeof *c);
     int64_t id = MPRPC_CALL_FULL;
@@ -160,7 +161,7 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
     pthread_mutex_lock(&k->mutex);
     uint64_t expiry = k->expiry;
     size_t held = k->out.size;
-    id = mprpc_link_send(k, c, names, names_size, payload, size, timeout,
+    id = mprpc_link_send(k, c, names, names_size, payload, size, timeout, attempt,
                          hold && (k->owned || k->session.in_flight));
     if (id < 0) {
         if (reason)
@@ -180,20 +181,17 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
 
 int mprpc_link_cancel(struct mprpc_link *k, uint64_t id)
 {
-    struct mprpc_reply cancel = {.call_id = id, .kind = MPRPC_CANCEL};
-    uint8_t frame[MPRPC_REPLY_ROOM];
-
     pthread_mutex_lock(&k->mutex);
     uint64_t tag = mprpc_session_tag(&k->session, id);
     struct mprpc_call *c = (struct mprpc_call *)(uintptr_t)tag;
     if (tag) {
+        k->now = mprpc_clock();
         mprpc_session_forget(&k->session, id);
-        mprpc_link_drop(k, c);
+        mprpc_link_drop(k, c, MPRPC_LOAD_UNDECIDED);
         k->mails--;
         free(c);
         expect_less(k->box);
-        if (!k->dead && mprpc_bytes_add(&k->out, frame, mprpc_put_reply(frame, &cancel)) == 0 && !k->owned)
-            mprpc_link_flush(k);
+        mprpc_link_tell_cancel(k, id);
         settle(k);
         if (!k->owned && k->out.size && k->mails)
             mprpc_mailbox_call(k->box);
@@ -207,6 +205,7 @@ static void expire(struct mprpc_link *k, uint64_t now)
 {
     if (now < k->expiry)
         return;
+    k->now = now;
     k->expiry = NEVER;
     for (struct mprpc_call *c = k->first, *next; c; c = next) {
         next = c->after;
@@ -416,6 +415,7 @@ void mprpc_mailbox_detach(struct mprpc_link *k)
         return;
     for (struct mprpc_call *c = k->first, *next; c; c = next) { /* nobody is left who would take their mail */
         next = c->after;
+        mprpc_link_drop(k, c, MPRPC_LOAD_UNDECIDED);
         free(c);
         expect_less(box);
     }

@@ -23,10 +23,11 @@ void mprpc_mailbox_free(struct mprpc_mailbox *box);
  * mprpc_link_turn; else whoever is in mprpc_mailbox_wait reads while submitted calls are in flight. */
 void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int owned);
 
-/* Any thread. Starts a call; its call_id, or an mprpc_outcome (why then in *reason, unless that is NULL). hold: the
- * frame may wait for others to be written with it, until mprpc_link_turn or mprpc_mailbox_wait. */
+/* Any thread. Starts a call; its call_id, or an mprpc_outcome (why then in *reason, unless that is NULL). attempt: 0 for
+ * the first. hold: the frame may wait for others to be written with it, until mprpc_link_turn or mprpc_mailbox_wait. */
 int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t *names, size_t names_size,
-                          const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason);
+                          const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold,
+                          int64_t *reason);
 /* Any thread. CANCEL to the provider, and no mail: 1; 0 when the call has ended, so that its mail comes or has come. */
 int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
 

@@ -6,8 +6,8 @@ the documentation. `...` leaves out what Python does not touch.
 
 from cffi import FFI
 
-HEADERS = ("_codec.h", "_session.h", "_wire.h", "_loop.h", "_crew.h", "_channel.h", "_mailbox.h")
-SOURCES = ("_codec.c", "_session.c", "_wire.c", "_loop.c", "_crew.c", "_channel.c", "_mailbox.c", "_keeper.c")
+HEADERS = ("_codec.h", "_session.h", "_wire.h", "_loop.h", "_crew.h", "_load.h", "_channel.h", "_mailbox.h")
+SOURCES = ("_codec.c", "_session.c", "_wire.c", "_loop.c", "_crew.c", "_load.c", "_channel.c", "_mailbox.c", "_keeper.c")
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
@@ -33,7 +33,7 @@ int64_t mprpc_split(const uint8_t *bytes, size_t size, uint32_t payload_max, str
                     size_t *count, uint64_t *need);
 size_t mprpc_put_reply(uint8_t *to, const struct mprpc_reply *reply);
 size_t mprpc_put_call(uint8_t *to, const uint8_t *names, uint32_t names_size, uint32_t args_size, uint64_t call_id,
-                      uint32_t timeout_ms);
+                      uint32_t timeout_ms, uint32_t attempt);
 size_t mprpc_put_names(uint8_t *to, const uint8_t *service, uint32_t service_size, const uint8_t *method,
                        uint32_t method_size);
 
@@ -96,6 +96,7 @@ const uint8_t *mprpc_loop_large(struct mprpc_loop *loop, uint32_t i);
 int mprpc_loop_expired(struct mprpc_loop *loop, uint32_t i);
 uint64_t mprpc_loop_expiry(struct mprpc_loop *loop);
 uint64_t mprpc_loop_deadline(struct mprpc_loop *loop, uint32_t i);
+uint32_t mprpc_loop_attempt(struct mprpc_loop *loop, uint32_t i);
 void mprpc_loop_peer(struct mprpc_loop *loop, uint32_t i, char *peer);
 void mprpc_loop_reply(struct mprpc_loop *loop, uint32_t i, const uint8_t *payload, size_t size);
 void mprpc_loop_fail(struct mprpc_loop *loop, uint32_t i, int32_t status, int not_run, const uint8_t *text,
@@ -134,7 +135,21 @@ void mprpc_leader_rests(struct mprpc_member *member);
 int mprpc_pace_slow(const struct mprpc_pace *pace);
 void mprpc_pace_note(struct mprpc_pace *pace, uint64_t took);
 
+struct mprpc_load;
+struct mprpc_load_snapshot { uint64_t in_flight, ended, failed, failing, latency, succeeded_at, failed_at; };
+struct mprpc_load *mprpc_load_new(void);
+void mprpc_load_drop(struct mprpc_load *load);
+void mprpc_load_begin(struct mprpc_load *load);
+#define MPRPC_LOAD_OK ...
+#define MPRPC_LOAD_FAILED ...
+#define MPRPC_LOAD_UNDECIDED ...
+void mprpc_load_end(struct mprpc_load *load, uint64_t began, uint64_t now, int verdict);
+void mprpc_load_fail(struct mprpc_load *load, uint64_t now);
+void mprpc_load_snapshot(const struct mprpc_load *load, uint64_t now, struct mprpc_load_snapshot *to);
+uint64_t mprpc_load_cost(const struct mprpc_load *load, uint64_t now);
+
 #define MPRPC_CALL_SMALL ...
+#define MPRPC_CALL_CANCELLED ...
 #define MPRPC_CALL_FAILED ...
 #define MPRPC_CALL_TIMEOUT ...
 #define MPRPC_CALL_BROKEN ...
@@ -152,6 +167,7 @@ struct mprpc_call {
     uint8_t not_run, sent;
     ...;
 };
+struct mprpc_flag { ...; };
 struct mprpc_link;
 struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
 int mprpc_wire_pair(struct mprpc_wire *ends[2]);
@@ -159,8 +175,11 @@ void mprpc_wire_close(struct mprpc_wire *end);
 struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max);
 void mprpc_link_free(struct mprpc_link *link);
 void mprpc_link_close(struct mprpc_link *link);
+void mprpc_link_measure(struct mprpc_link *link, struct mprpc_load *load);
+int mprpc_link_cancel_call(struct mprpc_link *link, struct mprpc_flag *cancelled);
 int64_t mprpc_link_call(struct mprpc_link *link, struct mprpc_call *call, const uint8_t *names, size_t names_size,
-                        const uint8_t *payload, size_t size, uint64_t timeout);
+                        const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt,
+                        struct mprpc_flag *cancelled);
 int64_t mprpc_link_wait(struct mprpc_link *link, struct mprpc_call *call);
 void mprpc_link_forget(struct mprpc_link *link, struct mprpc_call *call);
 void mprpc_call_clear(struct mprpc_call *call);
@@ -180,7 +199,8 @@ struct mprpc_mailbox *mprpc_mailbox_new(void);
 void mprpc_mailbox_free(struct mprpc_mailbox *box);
 void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int owned);
 int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t *names, size_t names_size,
-                          const uint8_t *payload, size_t size, uint64_t timeout, int hold, int64_t *reason);
+                          const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold,
+                          int64_t *reason);
 int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
 int mprpc_link_turn(struct mprpc_link *link, int read, uint64_t *expiry);
 int mprpc_link_descriptor(const struct mprpc_link *link);

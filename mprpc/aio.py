@@ -28,7 +28,7 @@ from mprpc._native import ffi, lib
 from mprpc.channel import MprpcChannel
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
-from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
+from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 from mprpc.futures import MAIL, Mail, Mailbox
 from mprpc.subchannel import split_address
 from mprpc.unary_call import UnaryCall
@@ -127,15 +127,34 @@ class AsyncUnaryCall(Generic[Request, Response]):
         return self._call(request, timeout, None)
 
     async def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
-        own = controller.timeout
-        timeout = own if timeout is None else timeout
-        controller.reset()
-        controller.timeout = own
+        loop, failed = asyncio.get_running_loop(), None
+        running: asyncio.Task[Response] | None = None
+        wanted = False
+
+        def stop() -> None:
+            nonlocal wanted
+            wanted = True
+            if running is not None:
+                with contextlib.suppress(RuntimeError):  # the event loop has ended
+                    loop.call_soon_threadsafe(running.cancel)
+
+        timeout = controller._begin(stop, timeout)
+        running = loop.create_task(self._call(request, timeout, controller))  # start_cancel() must not end our caller
+        if wanted:
+            running.cancel()
         try:
-            return await self._call(request, timeout, controller)
+            await asyncio.wait({running})
+            return running.result()
         except RpcError as error:
-            controller._set_error(error)
-            return self._response_class()
+            failed = error
+        except asyncio.CancelledError:
+            if not running.done():  # it is our caller's task that is cancelled
+                running.cancel()
+                raise
+            failed = Cancelled(f"{self._method.full_name}: the caller cancelled the call")
+        finally:
+            controller._end(failed)
+        return self._response_class()
 
     async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
         call = self._made or await self._make()
@@ -283,7 +302,7 @@ class _Hub:
     ) -> tuple[Mail, bytes]:
         token = next(self._tokens)
         identity = lib.mprpc_link_submit(
-            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, True, ffi.NULL
+            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, 0, True, ffi.NULL
         )
         if identity < 0:
             if identity != lib.MPRPC_CALL_FULL:
@@ -477,6 +496,7 @@ class _Hub:
         else:
             handle = await self._connect_socket(endpoint)
         endpoint.reached()
+        lib.mprpc_link_measure(handle, endpoint.measure)
         link = _Link(handle, endpoint.address)
         lib.mprpc_link_attach(link.handle, self._box.handle, True)
         self.links[endpoint.address] = link
@@ -489,11 +509,11 @@ class _Hub:
         try:
             connection = await asyncio.wait_for(self._reach(endpoint.address), connect)
         except asyncio.TimeoutError:
-            endpoint.rest()
+            self._not_reached(endpoint)
             text = f"can't connect to {endpoint.address}: no connection within {connect:.3g} s"
             raise Unavailable(text, not_run=True) from None
         except OSError as error:
-            endpoint.rest()
+            self._not_reached(endpoint)
             text = f"can't connect to {endpoint.address}: {error.strerror or error}"
             raise Unavailable(text, not_run=True) from None
         descriptor = connection.detach()
@@ -502,6 +522,11 @@ class _Hub:
             os.close(descriptor)
             raise Unavailable(f"can't connect to {endpoint.address}: no memory for a connection", not_run=True)
         return ffi.gc(handle, lib.mprpc_link_free)
+
+    @staticmethod
+    def _not_reached(endpoint: Subchannel) -> None:
+        lib.mprpc_load_fail(endpoint.measure, time.monotonic_ns())
+        endpoint.rest()
 
     async def _reach(self, address: str) -> socket.socket:
         host, port = split_address(address)

@@ -1,8 +1,9 @@
 """The controller: what one call's caller and handler tell each other beside the messages.
 
 The same class serves on both sides. A caller sets `timeout` before and reads `failed()`, `status`, `error_text()` and
-`peer` after; with a controller a call never raises. A handler reads `peer` and `time_remaining()` and may call
-`set_failed`. Both have the seed's spellings too (`Failed`, `SetFailed`, …), for handlers and callers made for it.
+`peer` after; with a controller a call never raises, and `start_cancel()` ends it from any thread. A handler reads
+`peer` and `time_remaining()` and may call `set_failed`. Both have the seed's spellings too (`Failed`, `SetFailed`, …),
+for handlers and callers made for it.
 
 Most calls touch none of this, so an instance starts without an attribute of its own: the class holds the defaults.
 """
@@ -24,7 +25,9 @@ __all__ = ["MprpcController"]
 
 _log = logging.getLogger("mprpc.controller")
 
-_cancelling = threading.Lock()  # of all controllers' _canceled and _on_cancel: a handler's thread and the loop's meet
+# Of all controllers' _canceled, _on_cancel, _stop, _wanted and _ended: a handler's thread and the loop's meet here, and
+# a caller's and the one that cancels its call.
+_cancelling = threading.Lock()
 
 
 class MprpcController:
@@ -39,9 +42,13 @@ class MprpcController:
     _details: bytes = b""
     _not_run: bool = False
     _peer: str = ""
+    _attempt: int = 0
     _deadline: float | None = None
     _canceled: bool = False
     _on_cancel: tuple[Callable[[], object], ...] = ()
+    _stop: Callable[[], object] | None = None  # of a call under way: what ends it
+    _wanted: bool = False
+    _ended: bool = False
 
     def reset(self) -> None:
         """As new, `timeout` included."""
@@ -70,12 +77,46 @@ class MprpcController:
         """The other side's address, `host:port`. Handler: while it runs, or until its Future is resolved."""
         return self._peer
 
+    @property
+    def attempt(self) -> int:
+        """Handler: 0 for the caller's first request, 1 and up for one sent again or hedged."""
+        return self._attempt
+
     def set_failed(self, text: str, status: Status | int = Status.UNKNOWN) -> None:
         """Handler: fail the call; what it returns then is not sent. `status` OK is refused with ValueError."""
         error = RpcError(status, text)
         if error.status is Status.OK:
             raise ValueError("set_failed(status=Status.OK): a call can't fail with OK, give another status")
         self._set_error(error)
+
+    def start_cancel(self) -> None:
+        """Caller: give the call up, CANCEL to the provider; it fails with CANCELLED. Any thread.
+
+        One that has not begun yet fails as soon as it does; one that has ended stays as it is. A call that looks for a
+        provider or connects is given up after that.
+        """
+        with _cancelling:
+            self._wanted = True
+            stop = None if self._ended else self._stop
+        if stop is not None:
+            stop()
+
+    def _begin(self, stop: Callable[[], object], timeout: float | None) -> float | None:
+        """Caller: a call begins, which `stop` ends. Its timeout, where that is given here or was set before."""
+        with _cancelling:
+            own, wanted = self.timeout, self._wanted and not self._ended
+            self.__dict__.clear()
+            self.timeout, self._stop, self._wanted = own, stop, wanted
+        if wanted:
+            stop()
+        return own if timeout is None else timeout
+
+    def _end(self, error: RpcError | None) -> None:
+        """Caller: it has ended so."""
+        if error is not None:
+            self._set_error(error)
+        with _cancelling:
+            self._stop, self._ended = None, True
 
     def time_remaining(self) -> float | None:
         """Handler: seconds until the caller stops waiting (0.0 when it has), None when it waits for ever."""
@@ -131,6 +172,10 @@ class MprpcController:
     def SetFailed(self, reason: str) -> None:
         """`set_failed`."""
         self.set_failed(reason)
+
+    def StartCancel(self) -> None:
+        """`start_cancel`."""
+        self.start_cancel()
 
     def IsCanceled(self) -> bool:
         """`is_canceled`."""

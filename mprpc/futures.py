@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError, Message
 
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
-from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
+from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,9 +98,15 @@ class CallFuture(Future[Response], Generic[Response]):
                 waiter.add_cancelled(self)
         reader().forget(self)
         if self._controller is not None:
-            self._controller._set_error(Cancelled("the caller cancelled the call"))
+            self._controller._end(self._call._cancelled(not_run=False))
         self._run_callbacks()
         return True
+
+    def _stop(self) -> None:
+        """The controller's start_cancel(): to the provider as cancel() is, to who waits here a failed call."""
+        if self._resolve(None, self._call._cancelled(not_run=False)):
+            reader().forget(self)
+            self._run_callbacks()
 
     def result(self, timeout: float | None = None) -> Response:
         """The response. Raises what the call failed with, CancelledError, or after `timeout` seconds TimeoutError."""
@@ -144,17 +150,23 @@ class CallFuture(Future[Response], Generic[Response]):
             self._round = self._problem = None
         if self._weight:
             reader().unload(self)
-        if self._controller is not None and isinstance(error, RpcError) and self._state == PENDING:
-            self._controller._set_error(error)
+        if self._resolve(response, error) and self._done_callbacks:
+            self._run_callbacks()
+
+    def _resolve(self, response: Response | None, error: BaseException | None) -> bool:
+        """Whether it was under way until now."""
+        failed = error
+        if self._controller is not None and isinstance(error, RpcError):
             response, error = self._call._response_class(), None
         with _mutex:
             if self._state != PENDING:
-                return
+                return False
+            if self._controller is not None:
+                self._controller._end(failed if isinstance(failed, RpcError) else None)
             self._result, self._exception, self._state = response, error, FINISHED
             for waiter in self._waiters:
                 waiter.add_result(self) if error is None else waiter.add_exception(self)
-        if self._done_callbacks:
-            self._run_callbacks()
+        return True
 
     def _run_callbacks(self) -> None:
         try:
@@ -243,7 +255,7 @@ class _Reader:
         token = future._token = next(self._tokens)
         self._pending[token] = future
         identity = lib.mprpc_link_submit(
-            link, token, call._names, call._names_size, payload, len(payload), timeout, True, ffi.NULL
+            link, token, call._names, call._names_size, payload, len(payload), timeout, 0, True, ffi.NULL
         )
         if identity > 0:
             future._at = link, identity
@@ -480,12 +492,11 @@ def start_future(
     call: UnaryCall[Any, Response], request: Message, timeout: float | None, controller: MprpcController | None
 ) -> CallFuture[Response]:
     """What `UnaryCall.future` does."""
-    if controller is not None:
-        own = controller.timeout
-        timeout = own if timeout is None else timeout
-        controller.reset()
-        controller.timeout = own
     future = CallFuture(call, controller)
+    if controller is not None:
+        timeout = controller._begin(future._stop, timeout)
+        if future.done():
+            return future
     try:
         future._payload, nanoseconds = call._prepare(request, timeout)
         future._deadline = time.monotonic_ns() + nanoseconds

@@ -38,7 +38,7 @@ def _ping(service: str) -> bytes:
     head = ffi.new("uint8_t[]", len(name) + 76)
     names = ffi.new("uint8_t[]", len(name) + 12)
     size = lib.mprpc_put_names(names, name, len(name), ffi.NULL, 0)
-    size = lib.mprpc_put_call(head, names, size, 0, _CALL_ID, 0)
+    size = lib.mprpc_put_call(head, names, size, 0, _CALL_ID, 0, 0)
     # kind: put_call writes requests, whose kind is absent; a field more behind it, and header_size with it.
     frame = bytearray(ffi.buffer(head, size)) + bytes((5 << 3, _PING))
     frame[:4] = (len(frame) - 4).to_bytes(4, "little")

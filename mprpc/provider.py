@@ -587,8 +587,15 @@ class _ServerController(MprpcController):
             self._deadline = deadline / _NS if deadline else None
         return super().time_remaining()
 
+    @property
+    def attempt(self) -> int:
+        if self._now():
+            return int(lib.mprpc_loop_attempt(self._loop.handle, self._index))
+        return self._attempt
+
     def _keep(self) -> None:
         self._peer = self.peer
+        self._attempt = self.attempt
         self.time_remaining()
 
 

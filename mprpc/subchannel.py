@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mprpc._native import ffi, lib
 from mprpc.errors import Unavailable
@@ -17,10 +17,22 @@ from mprpc.errors import Unavailable
 if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
 
-__all__ = ["Subchannel", "channel_closed", "split_address"]
+__all__ = ["Load", "Subchannel", "channel_closed", "split_address"]
 
 _NS = 1_000_000_000
 _REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
+
+
+class Load(NamedTuple):
+    """What the calls to one endpoint told of it; over all connections, on all faces. Times are monotonic ns, or 0."""
+
+    in_flight: int
+    ended: int
+    failed: int  # broken, timed out, UNAVAILABLE, DEADLINE_EXCEEDED, refused as overloaded
+    failing: int  # of them, those since the last success
+    latency: int  # ns: jumps up to a slow call at once, forgets it over ten seconds; 0: not known
+    succeeded_at: int
+    failed_at: int
 
 
 class Subchannel:
@@ -30,6 +42,7 @@ class Subchannel:
         self.address = address
         self.classic = classic
         self.mailed: Any = None  # the link that takes futures
+        self.measure: Any = _new_measure()  # a struct mprpc_load, which links to this endpoint are given
         self.link: Any = None  # read without the lock: a link that ended says so when it is used
         self._config = config
         self._lock = threading.Lock()
@@ -49,6 +62,13 @@ class Subchannel:
         """Whether it could not be reached lately: others go first."""
         return self.link is None and time.monotonic() < self._rests_until
 
+    @property
+    def load(self) -> Load:
+        """As it is now."""
+        at = ffi.new("struct mprpc_load_snapshot *")
+        lib.mprpc_load_snapshot(self.measure, time.monotonic_ns(), at)
+        return Load(at.in_flight, at.ended, at.failed, at.failing, at.latency, at.succeeded_at, at.failed_at)
+
     def connect(self, deadline: int, since: float | None = None) -> Any:
         """The connection, made if there is none. Raises Unavailable, not_run, also when the deadline passes.
 
@@ -63,7 +83,9 @@ class Subchannel:
             if self.link is None:
                 if self._failed_at >= since:
                     raise self._unreachable("another call could not reach it either")
-                self.link = self._reach(deadline)
+                link = self._reach(deadline)
+                lib.mprpc_link_measure(link, self.measure)
+                self.link = link
             return self.link
         finally:
             self._lock.release()
@@ -73,6 +95,7 @@ class Subchannel:
             link = self._link(deadline)
         except Unavailable:
             self._failed_at = time.monotonic()
+            lib.mprpc_load_fail(self.measure, time.monotonic_ns())
             self.rest()
             raise
         self.reached()
@@ -139,6 +162,7 @@ class Subchannel:
         """In a forked child: freeing the link closes its descriptor and sends nothing."""
         self._lock = threading.Lock()
         self.link = self.mailed = None
+        self.measure = _new_measure()  # the parent's calls end there
 
     def close(self) -> None:
         with self._lock:
@@ -159,6 +183,13 @@ def split_address(address: str) -> tuple[str, int | None]:
     if not bare or (bare == host and ":" in host) or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{address!r} is no address: give host:port, [IPv6]:port, unix:/path or memory:name")
     return bare, int(port)
+
+
+def _new_measure() -> Any:
+    load = lib.mprpc_load_new()
+    if load == ffi.NULL:
+        raise MemoryError
+    return ffi.gc(load, lib.mprpc_load_drop)
 
 
 def channel_closed() -> Unavailable:

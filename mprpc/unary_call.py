@@ -20,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from mprpc._native import ffi, lib
 from mprpc.errors import (
+    Cancelled,
     DeadlineExceeded,
     Internal,
     InvalidArgument,
@@ -45,6 +46,7 @@ Response = TypeVar("Response", bound=Message)
 _NS = 1_000_000_000
 _LONGEST = 1e9  # seconds; a longer timeout, such as infinity, means this one
 _SMALL = lib.MPRPC_CALL_SMALL
+_NEVER = ffi.NULL  # what can't be cancelled
 _IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
 _CLASSIC_CHUNK = 65536  # bytes of a classic response taken at once
 
@@ -64,6 +66,25 @@ def _new_slot() -> tuple[Any, Any]:
 def forget_forked() -> None:
     """In a forked child: a thread of the parent may have been taking one."""
     _slots.clear()
+
+
+class Cancellation:
+    """Ends one blocking call from any thread."""
+
+    def __init__(self) -> None:
+        self.flag = ffi.new("struct mprpc_flag *")
+        self.link: Any = ffi.NULL
+        self.wanted = False
+
+    def __call__(self) -> None:
+        self.wanted = True
+        lib.mprpc_link_cancel_call(ffi.NULL, self.flag)  # first the flag, then a look at who did not see it any more
+        lib.mprpc_link_cancel_call(self.link, self.flag)
+
+    def on(self, link: Any) -> Any:
+        """The call goes to that link next; the flag that it takes there."""
+        self.link = link
+        return self.flag
 
 
 class UnaryCall(Generic[Request, Response]):
@@ -109,15 +130,15 @@ class UnaryCall(Generic[Request, Response]):
         return future
 
     def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
-        own = controller.timeout
-        timeout = own if timeout is None else timeout
-        controller.reset()
-        controller.timeout = own
+        failed: RpcError | None = None
+        timeout = controller._begin(Cancellation(), timeout)
         try:
             return self._call(request, timeout, controller)
         except RpcError as error:
-            controller._set_error(error)
+            failed = error
             return self._response_class()
+        finally:
+            controller._end(failed)
 
     # ---- the hot path ----
 
@@ -136,15 +157,19 @@ class UnaryCall(Generic[Request, Response]):
         endpoint = self._target.next()
         if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload:
             return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller, endpoint)
+        cancelled = _NEVER
         if controller is not None:
             controller._peer = endpoint.address
+            cancelled = controller._stop.on(link)  # type: ignore[union-attr]  # a Cancellation here
         try:
             slot = _slots.pop()
         except IndexError:
             slot = _new_slot()
         call = slot[0]
         try:
-            size = lib.mprpc_link_call(link, call, self._names, self._names_size, payload, len(payload), nanoseconds)
+            size = lib.mprpc_link_call(
+                link, call, self._names, self._names_size, payload, len(payload), nanoseconds, 0, cancelled
+            )
             if 0 <= size <= _SMALL:
                 data = slot[1][:size]
                 _slots.append(slot)
@@ -175,7 +200,7 @@ class UnaryCall(Generic[Request, Response]):
             if controller is not None:
                 controller._peer = endpoint.address
             try:
-                return self._call_endpoint(endpoint, payload, deadline, began)
+                return self._call_endpoint(endpoint, payload, deadline, began, controller)
             except RpcError as error:
                 if not self._may_retry(error):
                     raise
@@ -194,26 +219,36 @@ class UnaryCall(Generic[Request, Response]):
             return error.not_run or self._idempotent
         return error.not_run and error.status in (Status.RESOURCE_EXHAUSTED, Status.UNIMPLEMENTED)
 
-    def _call_endpoint(self, endpoint: Subchannel, payload: bytes, deadline: int, began: float) -> Response:
+    def _call_endpoint(
+        self, endpoint: Subchannel, payload: bytes, deadline: int, began: float, controller: MprpcController | None
+    ) -> Response:
+        stop: Cancellation | None = None if controller is None else controller._stop  # type: ignore[assignment]
+        if stop is not None and stop.wanted:
+            raise self._cancelled(not_run=True)
         if endpoint.classic:
             return self._call_classic(endpoint, payload, deadline)
         used = endpoint.link
         link = used if used is not None else endpoint.connect(deadline, began)
         try:
-            return self._call_link(endpoint, link, payload, deadline)
+            return self._call_link(endpoint, link, payload, deadline, stop)
         except Unavailable as error:
             if used is None or not self._may_retry(error):
                 raise
         # The connection was an old one, which may have ended since its last call: that says nothing of the endpoint.
-        return self._call_link(endpoint, endpoint.connect(deadline, began), payload, deadline)
+        return self._call_link(endpoint, endpoint.connect(deadline, began), payload, deadline, stop)
 
-    def _call_link(self, endpoint: Subchannel, link: Any, payload: bytes, deadline: int) -> Response:
+    def _call_link(
+        self, endpoint: Subchannel, link: Any, payload: bytes, deadline: int, stop: Cancellation | None
+    ) -> Response:
         left = deadline - time.monotonic_ns()
         if left <= 0:
             raise DeadlineExceeded(f"{self._method.full_name}: the deadline passed before it was sent", not_run=True)
         slot = _slots.pop() if _slots else _new_slot()
+        cancelled = _NEVER if stop is None else stop.on(link)
         try:
-            size = lib.mprpc_link_call(link, slot[0], self._names, self._names_size, payload, len(payload), left)
+            size = lib.mprpc_link_call(
+                link, slot[0], self._names, self._names_size, payload, len(payload), left, 0, cancelled
+            )
         except BaseException:
             lib.mprpc_link_forget(link, slot[0])
             raise
@@ -255,11 +290,16 @@ class UnaryCall(Generic[Request, Response]):
         name, address = self._method.full_name, endpoint.address
         if outcome == lib.MPRPC_CALL_TIMEOUT:
             return DeadlineExceeded(f"{name}: no answer from {address} within the call's deadline")
+        if outcome == lib.MPRPC_CALL_CANCELLED:
+            return self._cancelled(not_run=not sent)
         if outcome == lib.MPRPC_CALL_FULL:
             text = f"{name}: {lib.MPRPC_CALLS_MAX} calls to {address} are in flight, or memory ran out"
             return ResourceExhausted(text, not_run=True)
         endpoint.drop(link)
         return Unavailable(f"{name}: {address}: {_why(reason)}", not_run=not sent)
+
+    def _cancelled(self, not_run: bool) -> Cancelled:
+        return Cancelled(f"{self._method.full_name}: the caller cancelled the call", not_run=not_run)
 
     def _parsed(self, data: bytes) -> Response:
         try:
@@ -322,7 +362,7 @@ def names_on_wire(service: str, method: str) -> bytes:
 def _classic_request(service: str, method: str, payload: bytes) -> bytes:
     names = names_on_wire(service, method)
     head = ffi.new("uint8_t[]", len(names) + 64)
-    return bytes(ffi.buffer(head, lib.mprpc_put_call(head, names, len(names), len(payload), 0, 0))) + payload
+    return bytes(ffi.buffer(head, lib.mprpc_put_call(head, names, len(names), len(payload), 0, 0, 0))) + payload
 
 
 def _until(connection: socket.socket, deadline: int) -> None:

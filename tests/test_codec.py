@@ -313,11 +313,11 @@ def put_reply(text: bytes = b"", details: bytes = b"", payload_size: int = 0, **
     return bytes(ffi.buffer(to, lib.mprpc_put_reply(to, reply)))
 
 
-def put_call(service: bytes, method: bytes, args_size: int, call_id: int, timeout_ms: int) -> bytes:
+def put_call(service: bytes, method: bytes, args_size: int, call_id: int, timeout_ms: int, attempt: int = 0) -> bytes:
     names = ffi.new("uint8_t[]", 12 + len(service) + len(method))
     size = lib.mprpc_put_names(names, service, len(service), method, len(method))
     to = ffi.new("uint8_t[]", 64 + size)
-    return bytes(ffi.buffer(to, lib.mprpc_put_call(to, names, size, args_size, call_id, timeout_ms)))
+    return bytes(ffi.buffer(to, lib.mprpc_put_call(to, names, size, args_size, call_id, timeout_ms, attempt)))
 
 
 def test_the_seeds_request_is_written_as_the_seed_writes_it() -> None:
@@ -330,16 +330,21 @@ UINT32, UINT64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
-@given(st.binary(max_size=300), st.binary(max_size=300), UINT32, UINT64, UINT32)
-@example(b"", b"", 0, 0, 0)
-@example(b"s" * 127, b"m" * 128, 2**32 - 1, 2**64 - 1, 2**32 - 1)
+@given(st.binary(max_size=300), st.binary(max_size=300), UINT32, UINT64, UINT32, UINT32)
+@example(b"", b"", 0, 0, 0, 0)
+@example(b"s" * 127, b"m" * 128, 2**32 - 1, 2**64 - 1, 2**32 - 1, 2**32 - 1)
 def test_a_call_is_written_as_protobuf_writes_it(
-    service: bytes, method: bytes, args_size: int, call_id: int, timeout_ms: int
+    service: bytes, method: bytes, args_size: int, call_id: int, timeout_ms: int, attempt: int
 ) -> None:
     header = RpcHeader(
-        service_name=service, method_name=method, args_size=args_size, call_id=call_id, timeout_ms=timeout_ms
+        service_name=service,
+        method_name=method,
+        args_size=args_size,
+        call_id=call_id,
+        timeout_ms=timeout_ms,
+        attempt=attempt,
     )
-    assert put_call(service, method, args_size, call_id, timeout_ms) == framed(header.SerializeToString())
+    assert put_call(service, method, args_size, call_id, timeout_ms, attempt) == framed(header.SerializeToString())
 
 
 @given(st.text(max_size=100), st.binary(max_size=300), UINT32, UINT64, st.integers(0, 5), INT32, st.booleans())

@@ -56,13 +56,14 @@ DECIDERS = {"reconciler", "registrar", "directory", "desk", "layout", "retry"}
 SHELLS = {"socket", "threading", "time", "select", "kazoo", "random", "selectors", "asyncio", "queue"}
 
 # What each C unit may include, beside its own header. Loop and channel are siblings.
-CHANNEL = {"_codec", "_session", "_wire", "_link", "_channel", "_keeper", "_mailbox"}
+CHANNEL = {"_codec", "_session", "_wire", "_load", "_link", "_channel", "_keeper", "_mailbox"}
 BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_codec": set(),
     "_session": {"_codec"},
     "_wire": {"_codec", "_session"},
     "_loop": {"_codec", "_session", "_wire"},
     "_crew": set(),
+    "_load": set(),
 }
 # What holds Python objects, above the rest.
 FAST = {"_fast", "_call", "_serve", "_context"}

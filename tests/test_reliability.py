@@ -26,7 +26,7 @@ import mprpc.unary_call
 import services
 import wire
 from mprpc import DeadlineExceeded, MprpcChannel, MprpcConfig, RpcProvider
-from mprpc._native import lib
+from mprpc._native import ffi, lib
 from mprpc.aio import AsyncMprpcChannel
 from mprpc.desk import Children, Exists, Read, Request
 from mprpc.embedded_zookeeper import Clock
@@ -227,7 +227,7 @@ def test_a_call_of_which_nothing_could_be_written_never_ran() -> None:
         peers.close()
         call, _ = mprpc.unary_call._new_slot()
         link = lib.mprpc_link_new(ours.detach(), 1000)
-        outcome = lib.mprpc_link_call(link, call, names, len(names), b"", 0, 1_000_000_000)
+        outcome = lib.mprpc_link_call(link, call, names, len(names), b"", 0, 1_000_000_000, 0, ffi.NULL)
         assert (outcome, call.sent) == (lib.MPRPC_CALL_BROKEN, 0)
         lib.mprpc_link_free(link)
 

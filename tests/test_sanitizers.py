@@ -129,7 +129,7 @@ def test_stories_that_went_wrong_once(build: Build, memory: bool) -> None:
 def test_loops_and_connections_under_load(build: Build, memory: bool, poller: str) -> None:
     """poller: that of the loop that accepts; the other loop has the other."""
     said = runs(build("stress", memory, *UNITS), "2", *(["poll"] if poller == "poll" else []))
-    assert re.fullmatch(r"(\w+( \w+)? [1-9]\d*(, )?){7}\n", said), said
+    assert re.fullmatch(r"(\w+( \w+)? [1-9]\d*(, )?){8}\n", said), said
 
 
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "threads"])

@@ -131,7 +131,7 @@ static int64_t submit(struct mprpc_link *k, uint64_t token, uint8_t what, size_t
     MUST(payload != NULL);
     memcpy(payload, &token, KEY);
     payload[KEY] = what;
-    int64_t id = mprpc_link_submit(k, token, head, names(head), payload, HEAD + size, timeout, 1, &reason);
+    int64_t id = mprpc_link_submit(k, token, head, names(head), payload, HEAD + size, timeout, 0, 1, &reason);
     free(payload);
     return id;
 }
@@ -152,7 +152,7 @@ static void *call(void *caller)
 
     MUST(made && (made->small = malloc(MPRPC_CALL_SMALL)));
     payload[KEY] = c->what;
-    c->outcome = mprpc_link_call(c->link, made, head, names(head), payload, HEAD, c->timeout);
+    c->outcome = mprpc_link_call(c->link, made, head, names(head), payload, HEAD, c->timeout, 0, NULL);
     mprpc_call_clear(made);
     free(made->small);
     free(made);

@@ -65,7 +65,7 @@ static void *put_request(struct mprpc_bytes *to, uint64_t id, size_t payload, ui
     uint8_t names[16], head[MPRPC_CALL_ROOM + 16];
     size_t n = mprpc_put_names(names, (const uint8_t *)"S", 1, (const uint8_t *)"M", 1);
 
-    n = mprpc_put_call(head, names, (uint32_t)n, (uint32_t)payload, id, timeout_ms);
+    n = mprpc_put_call(head, names, (uint32_t)n, (uint32_t)payload, id, timeout_ms, 0);
     MUST(mprpc_bytes_add(to, head, n) == 0 && mprpc_bytes_reserve(to, payload) == 0);
     if (payload)
         memset(to->at + to->size, 'x', payload);
@@ -226,6 +226,7 @@ struct caller {
     struct mprpc_link *link;
     size_t size;
     uint64_t timeout;
+    struct mprpc_flag *cancelled;
     int64_t outcome;
     pthread_t thread;
 };
@@ -238,7 +239,7 @@ static void *call(void *caller)
     size_t n = mprpc_put_names(names, (const uint8_t *)"S", 1, (const uint8_t *)"M", 1);
 
     MUST(made && payload && (made->small = malloc(MPRPC_CALL_SMALL)));
-    c->outcome = mprpc_link_call(c->link, made, names, n, payload, c->size, c->timeout);
+    c->outcome = mprpc_link_call(c->link, made, names, n, payload, c->size, c->timeout, 0, c->cancelled);
     mprpc_call_clear(made);
     free(made->small);
     free(made);
@@ -251,6 +252,7 @@ static void start(struct caller *c, struct mprpc_link *k, size_t size, uint64_t 
     c->link = k;
     c->size = size;
     c->timeout = timeout;
+    c->cancelled = NULL;
     MUST(pthread_create(&c->thread, NULL, call, c) == 0);
 }
 
@@ -339,7 +341,7 @@ static void goaway_and_an_answer_in_one_piece(int mail)
     start(&accepted, k, 10, 5 * SECOND);
     nap(50);
     if (mail)
-        MUST(mprpc_link_submit(k, 7, names, n, names, 4, 5 * SECOND, 0, &reason) == 2);
+        MUST(mprpc_link_submit(k, 7, names, n, names, 4, 5 * SECOND, 0, 0, &reason) == 2);
     else
         start(&late, k, 10, 5 * SECOND);
     nap(50);
@@ -421,6 +423,39 @@ static void what_is_written_is_let_go(void)
     MUST(most <= 16u << 20); /* every caller's frame twice, rounded up to a power of two */
 }
 
+/* Two callers wait, one of them reads; each is cancelled, and the provider hears of both; a third one is before it has
+ * begun, and nothing of it is sent. */
+static void a_waiting_call_is_cancelled(void)
+{
+    int ends[2];
+    struct mprpc_flag flags[3] = {0};
+    struct caller callers[3];
+
+    MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    struct mprpc_link *k = mprpc_link_new(ends[0], 64 << 20);
+    for (int i = 0; i < 3; i++) {
+        callers[i] = (struct caller){k, 4, 60 * SECOND, &flags[i], 0, 0};
+        if (i == 2)
+            MUST(mprpc_link_cancel_call(NULL, &flags[2]) == 0);
+        MUST(pthread_create(&callers[i].thread, NULL, call, &callers[i]) == 0);
+        for (int waits = i == 2; !waits; nap(1)) { /* the first one reads, the second one sleeps */
+            pthread_mutex_lock(&k->mutex);
+            waits = i == 0 ? k->reading : k->first && k->first->after && k->first->after->asleep;
+            pthread_mutex_unlock(&k->mutex);
+        }
+    }
+    pthread_join(callers[2].thread, NULL);
+    for (int i = 0; i < 2; i++) {
+        MUST(mprpc_link_cancel_call(k, &flags[i]) == 1);
+        pthread_join(callers[i].thread, NULL);
+    }
+    for (int i = 0; i < 3; i++)
+        MUST(callers[i].outcome == MPRPC_CALL_CANCELLED && mprpc_link_cancel_call(k, &flags[i]) == 0);
+    MUST(serve(ends[1], 4, 5)); /* two requests, two CANCELs */
+    mprpc_link_free(k);
+    close(ends[1]);
+}
+
 int main(int argc, char **argv)
 {
     int which = argc > 1 ? atoi(argv[1]) : -1;
@@ -443,6 +478,8 @@ int main(int argc, char **argv)
         goaway_and_an_answer_in_one_piece(0);
     if (which < 0 || which == 6)
         goaway_and_an_answer_in_one_piece(1);
+    if (which < 0 || which == 8)
+        a_waiting_call_is_cancelled();
     mprpc_services_free(services);
     return 0;
 }

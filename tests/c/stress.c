@@ -1,6 +1,6 @@
 /* stress ROUNDS [poll]: loops and connections under load, for the sanitizers. Two loops echo; eight threads call
  * through one connection at a time, and each answer must be its caller's own. Meanwhile calls time out, are
- * interrupted, cancelled, and end as mail, connections are closed and made again, strangers send rubbish, and at the
+ * interrupted, cancelled by other threads, and end as mail, connections are closed and made again, strangers send rubbish, and at the
  * end of every round the loops stop while calls are in flight. Request payloads: 8 bytes that no other call has, then
  * what is asked for, then filling. */
 #define _GNU_SOURCE
@@ -45,7 +45,7 @@ static void fail(const char *what, int line)
     abort();
 }
 
-static _Atomic uint64_t answered, failed, timed_out, broken, interrupted, mailed, cancelled, keys;
+static _Atomic uint64_t answered, failed, timed_out, broken, interrupted, mailed, cancelled, withdrawn, keys;
 
 static uint32_t chance(uint64_t *state, uint32_t bound)
 {
@@ -238,6 +238,7 @@ static struct {
     struct shared *now;
     uint64_t calls;
     struct mprpc_mailbox *box;
+    struct mprpc_load *load; /* of all connections */
     _Atomic int done;
 } channel = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
@@ -270,6 +271,7 @@ static struct shared *take(void)
     if (fd >= 0) {
         MUST((s = calloc(1, sizeof *s)) && (s->link = mprpc_link_new(fd, PAYLOAD_MAX)));
         mprpc_link_attach(s->link, channel.box, 0);
+        mprpc_link_measure(s->link, channel.load);
         s->users = 1;
         channel.now = s;
     }
@@ -290,6 +292,8 @@ static void give_back(struct shared *s)
 }
 
 /* ---- callers ---- */
+
+static struct mprpc_flag flags[CALLERS]; /* of each one's call, which may be cancelled by it */
 
 static size_t names_of(uint8_t *to, uint32_t method)
 {
@@ -329,6 +333,9 @@ static void check(const struct mprpc_call *c, int64_t outcome, const uint8_t *pa
     } else if (outcome == MPRPC_CALL_TIMEOUT) {
         MUST(timeout < PATIENT); /* else it was forgotten: nothing here takes that long */
         timed_out++;
+    } else if (outcome == MPRPC_CALL_CANCELLED) {
+        MUST(c->cancelled && atomic_load(&c->cancelled->set) == 1);
+        withdrawn++;
     } else {
         MUST(outcome == MPRPC_CALL_BROKEN && c->reason != 0);
         broken++;
@@ -348,7 +355,10 @@ static void *caller(void *seed)
         if (!s)
             continue;
         size_t size = fill(payload, &state, &timeout, &method), n = names_of(names, method);
-        int64_t outcome = mprpc_link_call(s->link, c, names, n, payload, size, timeout);
+        struct mprpc_flag *flag = chance(&state, 2) ? &flags[*(uint64_t *)seed % CALLERS] : NULL;
+        if (flag)
+            atomic_store(&flag->set, 0u);
+        int64_t outcome = mprpc_link_call(s->link, c, names, n, payload, size, timeout, 0, flag);
         while (outcome == MPRPC_CALL_INTERRUPTED && chance(&state, 8)) {
             interrupted++;
             outcome = mprpc_link_wait(s->link, c);
@@ -364,6 +374,24 @@ static void *caller(void *seed)
     free(c);
     free(payload);
     return NULL;
+}
+
+/* Cancels whatever call has that flag now; or one that is about to begin, or has just ended. */
+static void *canceller(void *unused)
+{
+    uint64_t state = 555555;
+
+    while (!atomic_load(&channel.done)) {
+        struct shared *s = take();
+        if (!s)
+            continue;
+        struct mprpc_flag *flag = &flags[chance(&state, CALLERS)];
+        mprpc_link_cancel_call(NULL, flag);
+        mprpc_link_cancel_call(s->link, flag);
+        give_back(s);
+        nap((long)chance(&state, 500000));
+    }
+    return unused;
 }
 
 /* Submits calls that nobody waits for; each ends in exactly one mail, or is cancelled. */
@@ -384,7 +412,7 @@ static void *poster(void *unused)
             size_t n = names_of(names, method);
             uint64_t key;
             memcpy(&key, payload, KEY);
-            id = mprpc_link_submit(s->link, key, names, n, payload, size, timeout, i % 3 == 0, &reason);
+            id = mprpc_link_submit(s->link, key, names, n, payload, size, timeout, 0, i % 3 == 0, &reason);
             submitted += id > 0;
             if (id > 0 && chance(&state, 10) == 0)
                 ended += (uint64_t)mprpc_link_cancel(s->link, (uint64_t)id);
@@ -426,7 +454,7 @@ static void *owner(void *unused)
         }
         if (k && go_on) {
             size = fill(payload, &state, &timeout, &method);
-            int64_t id = mprpc_link_submit(k, keys, names, names_of(names, method), payload, size, timeout, 1, &reason);
+            int64_t id = mprpc_link_submit(k, keys, names, names_of(names, method), payload, size, timeout, 0, 1, &reason);
             submitted += id > 0;
             if (id > 0 && chance(&state, 10) == 0)
                 ended += (uint64_t)mprpc_link_cancel(k, (uint64_t)id);
@@ -491,16 +519,16 @@ static void on_signal(int number)
 
 static void round_of(int use_poll)
 {
-    static void *(*const others[])(void *) = {poster, owner, stranger};
+    static void *(*const others[])(void *) = {poster, owner, stranger, canceller};
     enum { OTHERS = sizeof others / sizeof *others };
     pthread_t callers[CALLERS], other[OTHERS];
     uint64_t seeds[CALLERS], before = answered;
 
     start(use_poll);
     channel.done = 0;
-    MUST((channel.box = mprpc_mailbox_new()) != NULL);
+    MUST((channel.box = mprpc_mailbox_new()) && (channel.load = mprpc_load_new()));
     for (int i = 0; i < CALLERS; i++) {
-        seeds[i] = keys + (uint64_t)i;
+        seeds[i] = keys * CALLERS + (uint64_t)i;
         MUST(pthread_create(&callers[i], NULL, caller, &seeds[i]) == 0);
     }
     for (int i = 0; i < OTHERS; i++)
@@ -520,6 +548,10 @@ static void round_of(int use_poll)
         bury(give_up(channel.now));
     channel.now = NULL;
     mprpc_mailbox_free(channel.box);
+    struct mprpc_load_snapshot load;
+    mprpc_load_snapshot(channel.load, UINT64_MAX, &load);
+    MUST(load.in_flight == 0 && load.ended > load.failed && load.failed > 0);
+    mprpc_load_drop(channel.load);
 }
 
 int main(int argc, char **argv)
@@ -537,10 +569,11 @@ int main(int argc, char **argv)
     for (int i = 0; i < atoi(argv[1]); i++)
         round_of(argc > 2);
     mprpc_services_free(provider.services);
-    printf("answered %llu, failed %llu, timed out %llu, broken %llu, interrupted %llu, mailed %llu, cancelled %llu\n",
+    printf("answered %llu, failed %llu, timed out %llu, broken %llu, interrupted %llu, mailed %llu, cancelled %llu, "
+           "withdrawn %llu\n",
            (unsigned long long)answered, (unsigned long long)failed, (unsigned long long)timed_out,
            (unsigned long long)broken, (unsigned long long)interrupted, (unsigned long long)mailed,
-           (unsigned long long)cancelled);
-    MUST(answered && failed && timed_out && broken && interrupted && mailed && cancelled);
+           (unsigned long long)cancelled, (unsigned long long)withdrawn);
+    MUST(answered && failed && timed_out && broken && interrupted && mailed && cancelled && withdrawn);
     return 0;
 }

@@ -68,7 +68,7 @@ static void *call(void *caller)
         uint64_t mark = (uint64_t)who->seed << 32 | i;
         size_t size = sizes[(i + who->seed) % 8];
         memcpy(payload, &mark, sizeof mark);
-        int64_t got = mprpc_link_call(who->link, &c, who->names, who->names_size, payload, size, PATIENCE);
+        int64_t got = mprpc_link_call(who->link, &c, who->names, who->names_size, payload, size, PATIENCE, 0, NULL);
         while (got == MPRPC_CALL_INTERRUPTED)
             got = mprpc_link_wait(who->link, &c);
         MUST(got != MPRPC_CALL_TIMEOUT);

@@ -130,5 +130,5 @@ class Session:
     def request(self, call_id: int, method: int, payload: bytes, timeout: float) -> bytes:
         names, room = self._native.names[method], self._native.room
         ms = max(1, -int(-timeout * 1000 // 1))
-        size = self._lib.mprpc_put_call(room, names, len(names), len(payload), call_id, ms)
+        size = self._lib.mprpc_put_call(room, names, len(names), len(payload), call_id, ms, 0)
         return bytes(self._ffi.buffer(room, size)) + payload

@@ -1,0 +1,197 @@
+"""A caller gives a call up: start_cancel() on all faces, before, during and after the call."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import services
+import wire
+from held import Held
+from mprpc import AsyncMprpcChannel, MprpcChannel, MprpcController, RpcProvider, Status
+from services import REQUEST, LoginRequest, LoginResponse, user_mprpc
+
+HOLD = LoginRequest(name=b"hold")
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def provider(held: Held) -> Iterator[RpcProvider]:
+    with services.serving(held) as provider:
+        yield provider
+
+
+def is_cancelled(controller: MprpcController) -> bool:
+    said = controller.status, controller.error_text()
+    return said == (Status.CANCELLED, "fixbug.UserServiceRpc.Login: the caller cancelled the call")
+
+
+def cancel_when_taken(held: Held, controller: MprpcController) -> threading.Thread:
+    def cancel() -> None:
+        held.taken()
+        controller.start_cancel()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    return thread
+
+
+def test_a_blocking_call_is_cancelled_while_it_reads(provider: RpcProvider, held: Held) -> None:
+    with services.calling(provider, timeout=wire.PATIENCE) as stub:
+        controller = MprpcController()
+        for _ in range(3):
+            thread = cancel_when_taken(held, controller)
+            began = time.monotonic()
+            assert stub.Login(HOLD, controller=controller) == LoginResponse()
+            assert time.monotonic() - began < wire.PATIENCE / 2
+            assert is_cancelled(controller)
+            assert not controller.not_run
+            held.cancelled()
+            thread.join()
+        assert stub.Login(REQUEST, controller=controller).success  # an earlier call's cancelling is over
+        assert not controller.failed()
+
+
+def test_blocking_calls_are_cancelled_while_others_read(provider: RpcProvider, held: Held) -> None:
+    """Those that sleep are woken; the one that reads goes on, and what follows it reads on."""
+    with services.calling(provider, timeout=wire.PATIENCE) as stub:
+        stub.Login(REQUEST)
+        controllers = [MprpcController() for _ in range(8)]
+        threads = [
+            threading.Thread(target=stub.Login, args=(HOLD,), kwargs={"controller": each}) for each in controllers
+        ]
+        for thread in threads:
+            thread.start()
+        held.taken(8)
+        for controller, thread in list(zip(controllers, threads, strict=True))[::-1]:
+            controller.StartCancel()
+            thread.join(wire.PATIENCE)
+            assert is_cancelled(controller)
+        held.cancelled(8)
+        assert stub.Login(REQUEST).success
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_cancelling_that_comes_first_fails_the_call_at_once(
+    provider: RpcProvider, held: Held, connected: bool
+) -> None:
+    with services.calling(provider, timeout=wire.PATIENCE) as stub:
+        if connected:
+            stub.Login(REQUEST)
+        controller = MprpcController()
+        controller.start_cancel()
+        assert stub.Login(HOLD, controller=controller) == LoginResponse()
+        assert is_cancelled(controller)
+        assert controller.not_run
+        controller.reset()
+        controller.start_cancel()
+        assert stub.Login.future(HOLD, controller=controller).result(wire.PATIENCE) == LoginResponse()
+        assert is_cancelled(controller)
+        assert not held.calls
+        assert stub.Login(REQUEST, controller=controller).success
+
+
+def test_a_cancelling_that_comes_last_changes_nothing(provider: RpcProvider) -> None:
+    with services.calling(provider, timeout=wire.PATIENCE) as stub:
+        controller = MprpcController()
+        for _ in range(2):
+            assert stub.Login(REQUEST, controller=controller).success
+            controller.start_cancel()
+            assert not controller.failed()
+            assert stub.Login.future(REQUEST, controller=controller).result(wire.PATIENCE).success
+            controller.start_cancel()
+            assert not controller.failed()
+
+
+def test_a_future_is_cancelled_through_its_controller(provider: RpcProvider, held: Held) -> None:
+    with services.calling(provider, timeout=wire.PATIENCE) as stub:
+        controller = MprpcController()
+        called = threading.Event()
+        future = stub.Login.future(HOLD, controller=controller)
+        future.add_done_callback(lambda _: called.set())
+        held.taken()
+        controller.start_cancel()
+        assert called.is_set()
+        assert future.result(0) == LoginResponse()
+        assert is_cancelled(controller)
+        held.cancelled()
+
+
+def test_a_coroutines_call_is_cancelled_but_not_its_task(provider: RpcProvider, held: Held) -> None:
+    async def main() -> None:
+        async with AsyncMprpcChannel(provider.address, timeout=wire.PATIENCE) as channel:
+            stub = user_mprpc.UserServiceRpc_AsyncStub(channel)
+            controller = MprpcController()
+            thread = cancel_when_taken(held, controller)
+            assert await stub.Login(HOLD, controller=controller) == LoginResponse()
+            assert is_cancelled(controller)
+            held.cancelled()
+            thread.join()
+            controller.reset()
+            controller.start_cancel()
+            assert await stub.Login(HOLD, controller=controller) == LoginResponse()
+            assert is_cancelled(controller)
+            task = asyncio.ensure_future(stub.Login(HOLD, controller=controller))
+            await asyncio.get_running_loop().run_in_executor(None, held.taken)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.get_running_loop().run_in_executor(None, held.cancelled)
+            assert (await stub.Login(REQUEST, controller=controller)).success
+
+    asyncio.run(main())
+
+
+def test_the_answer_and_a_cancelling_at_the_same_time_end_the_call_once(provider: RpcProvider) -> None:
+    """Whichever is first; the controller and what is returned agree, and the next call is not hit."""
+    with MprpcChannel(provider.address, timeout=wire.PATIENCE) as channel:
+        stub = user_mprpc.UserServiceRpc_Stub(channel)
+        controllers = [MprpcController() for _ in range(400)]
+        go = threading.Semaphore(0)
+
+        def cancel() -> None:
+            for controller in controllers:
+                go.acquire()
+                controller.start_cancel()
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        for i, controller in enumerate(controllers):
+            go.release()
+            if i % 2:
+                response = stub.Login(REQUEST, controller=controller)
+            else:
+                response = stub.Login.future(REQUEST, controller=controller).result(wire.PATIENCE)
+            assert response.success != controller.failed()
+            assert is_cancelled(controller) or not controller.failed()
+        thread.join()
+        assert channel._fixed().load.in_flight == 0
+        assert stub.Login(REQUEST).success
+
+
+def test_a_handler_knows_which_attempt_it_serves(held: Held) -> None:
+    from mprpc._native import ffi, lib
+    from mprpc.unary_call import _new_slot, names_on_wire
+
+    seen: list[int] = []
+
+    def login(request: object, controller: MprpcController) -> object:
+        seen.append(controller.attempt)
+        return services.accept(request, controller)
+
+    with services.serving(login) as provider, MprpcChannel(provider.address) as channel:
+        link = channel._fixed().connect(time.monotonic_ns() + int(wire.PATIENCE * 1e9))
+        names, payload = names_on_wire("fixbug.UserServiceRpc", "Login"), REQUEST.SerializeToString()
+        for attempt in (0, 1, 7):
+            call, _ = _new_slot()
+            arguments = (link, call, names, len(names), payload, len(payload), 10**10, attempt, ffi.NULL)
+            assert lib.mprpc_link_call(*arguments) >= 0
+    assert seen == [0, 1, 7]
