@@ -7,7 +7,7 @@ the documentation. `...` leaves out what Python does not touch.
 from cffi import FFI
 
 HEADERS = ("_codec.h", "_session.h", "_wire.h", "_loop.h", "_crew.h", "_load.h", "_channel.h", "_mailbox.h")
-SOURCES = ("_codec.c", "_session.c", "_wire.c", "_loop.c", "_crew.c", "_load.c", "_channel.c", "_mailbox.c", "_keeper.c")
+SOURCES = tuple(header.replace(".h", ".c") for header in (*HEADERS, "_keeper.h"))
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
