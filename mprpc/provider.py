@@ -589,9 +589,8 @@ class _ServerController(MprpcController):
 
     @property
     def attempt(self) -> int:
-        if self._now():
-            return int(lib.mprpc_loop_attempt(self._loop.handle, self._index))
-        return self._attempt
+        index = self._loop.server.index_of(self)
+        return int(lib.mprpc_loop_attempt(self._loop.handle, index)) if index >= 0 else self._attempt
 
     def _keep(self) -> None:
         self._peer = self.peer
