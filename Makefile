@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt simulation
+.PHONY: help build demo test check bench fuzz clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt workers simulation
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -81,6 +81,9 @@ cycles: build ## 500 starts and stops with ZooKeeper up, down and silent (3 minu
 
 hunt: build ## 2 million calls, a third of which give up, on a connection that is reset all the time (4 minutes)
 	$(BIN)/python tests/reliability hunt --count $${HUNT_CALLS:-2000000}
+
+workers: build ## what a second worker process is worth, 50 rolling restarts and 50 deaths (4 minutes, real ZooKeeper)
+	$(BIN)/python tests/reliability workers
 
 simulation: build ## 20,000 seeds of calls on a virtual clock and network; goes on from where it was stopped (15 minutes)
 	$(BIN)/python tests/simulation --count $${SEEDS:-20000}

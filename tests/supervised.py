@@ -75,14 +75,14 @@ class Supervised:
 
     def wait_line(self, pattern: str, count: int = 1, timeout: float = PATIENCE) -> list[tuple[float, str]]:
         """The first `count` lines that match, each with the time when it came."""
-
-        def found() -> list[tuple[float, str]]:
-            return [(at, line) for at, line in self.lines if re.search(pattern, line)]
-
         with self.changed:
-            if not self.changed.wait_for(lambda: len(found()) >= count, timeout):
+            if not self.changed.wait_for(lambda: len(self.matching(pattern)) >= count, timeout):
                 raise TimeoutError(f"no {count} lines {pattern!r} in {timeout} s:\n{self.log}")
-            return found()[:count]
+            return self.matching(pattern)[:count]
+
+    def matching(self, pattern: str) -> list[tuple[float, str]]:
+        """The lines so far that match."""
+        return [(at, line) for at, line in tuple(self.lines) if re.search(pattern, line)]
 
     @property
     def log(self) -> str:

@@ -32,7 +32,7 @@ from mprpc.desk import Children, Exists, Read, Request
 from mprpc.embedded_zookeeper import Clock
 from mprpc.registry import Registration, Registry
 from mprpc.testing import EmbeddedZooKeeper
-from reliability import cycles, faults, hunt, restarts
+from reliability import cycles, faults, hunt, restarts, workers
 from services import LoginResponse
 from zookeeper_server import ZooKeeper, require, shared_real_zookeeper, zookeeper  # noqa: F401
 
@@ -407,6 +407,12 @@ def dead_address() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_a_second_worker_is_worth_nearly_as_much_as_the_first() -> None:
+    """By the CPU that a call takes; that both are at work at the same time is seen by `make workers`."""
+    assert workers.scaling(hunt.Report("workers", 1), rounds=1, seconds=1.0) >= workers.WORTH
 
 
 def test_no_answer_reaches_the_wrong_call() -> None:

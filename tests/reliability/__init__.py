@@ -1,6 +1,6 @@
 """Long runs that hurt: restarts, kills and ZooKeeper's faults under a steady load, with what must hold checked.
 
-    python tests/reliability rolling|kill|faults|outage|herd|cycles|hunt [--seed N] [--count N] [--minutes M]
+    python tests/reliability rolling|kill|faults|outage|herd|cycles|hunt|workers [--seed N] [--count N] [--minutes M]
 
 A run prints its progress, then a table, and exits with 1 if anything that must hold did not. Providers (`member.py`)
 and consumers (`caller.py`) are processes of their own, which `fleet.py` drives by lines of JSON; their clocks are one,

@@ -11,7 +11,7 @@ from typing import Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from reliability import cycles, faults, herd, hunt, restarts
+from reliability import cycles, faults, herd, hunt, restarts, workers
 
 
 class Run(Protocol):
@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[Run, int]] = {
     "herd": (herd.herd, 300),
     "cycles": (cycles.cycles, 400),
     "hunt": (hunt.hunt, 2_000_000),
+    "workers": (workers.workers, 50),
 }
 
 
