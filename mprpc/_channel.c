@@ -341,7 +341,8 @@ static int reserve(struct mprpc_link *k)
 static void received(struct mprpc_link *k, ssize_t n, int why)
 {
     if (n > 0) {
-        k->now = mprpc_clock();
+        k->now = k->heard = mprpc_clock();
+        k->asked = 0;
         k->in.size += (size_t)n;
         process(k);
     } else if (n == 0) {
@@ -490,6 +491,8 @@ int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_
     c->reason = k->dead ? k->dead : k->session.gone ? MPRPC_LINK_GOAWAY : 0;
     if (c->reason)
         return MPRPC_CALL_BROKEN;
+    if (k->unsent_max && k->out.size - k->sent > k->unsent_max)
+        return MPRPC_CALL_FULL;
     c->id = mprpc_session_call(&k->session, (uint64_t)(uintptr_t)c);
     if (!c->id)
         return MPRPC_CALL_FULL;
@@ -599,7 +602,7 @@ static struct mprpc_link *link_new(int fd, struct mprpc_wire *wire, uint32_t pay
     mprpc_session_init(&k->session, NULL, payload_max, 0);
     k->fd = fd;
     k->wire = wire;
-    k->used = k->now = mprpc_clock();
+    k->used = k->now = k->heard = mprpc_clock();
     k->expiry = UINT64_MAX;
     k->pid = getpid();
     mprpc_keeper_add(k);
@@ -619,6 +622,16 @@ struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t paylo
 void mprpc_link_measure(struct mprpc_link *k, struct mprpc_load *load)
 {
     k->load = mprpc_load_hold(load);
+}
+
+void mprpc_link_limit(struct mprpc_link *k, uint64_t time, uint64_t timeout, size_t unsent_max)
+{
+    pthread_mutex_lock(&k->mutex);
+    k->keepalive_time = time;
+    k->keepalive_timeout = timeout;
+    k->unsent_max = unsent_max;
+    pthread_mutex_unlock(&k->mutex);
+    mprpc_keeper_call();
 }
 
 void mprpc_link_close(struct mprpc_link *k)

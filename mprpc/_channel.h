@@ -17,10 +17,16 @@ enum mprpc_outcome {
     MPRPC_CALL_TIMEOUT = -2,     /* the deadline passed; a late answer reaches nobody */
     MPRPC_CALL_BROKEN = -3,      /* the connection ended: reason (errno above 0, mprpc_why below), sent */
     MPRPC_CALL_INTERRUPTED = -4, /* a signal may have come: mprpc_link_wait goes on, mprpc_link_forget gives up */
+    MPRPC_CALL_FULL = -5,        /* MPRPC_CALLS_MAX in flight, unsent_max bytes waiting, or no memory; nothing was sent */
     MPRPC_CALL_CANCELLED = -6,   /* mprpc_link_cancel_call; the provider has been told if it was sent */
-    MPRPC_CALL_FULL = -5,        /* MPRPC_CALLS_MAX calls are in flight, or no memory; nothing was sent */
 };
-enum { MPRPC_LINK_END = -60, MPRPC_LINK_CLOSED = -61, MPRPC_LINK_GOAWAY = -62 }; /* reasons of this side */
+/* Reasons of this side. */
+enum {
+    MPRPC_LINK_END = -60,
+    MPRPC_LINK_CLOSED = -61,
+    MPRPC_LINK_GOAWAY = -62,
+    MPRPC_LINK_SILENT = -63, /* PING was not answered */
+};
 
 /* Set once, by whoever cancels a call. Zeroed at first; lives as long as a call has it. */
 struct mprpc_flag {
@@ -50,6 +56,10 @@ struct mprpc_link;
 struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
 /* The same over an end that is no socket. */
 struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max);
+/* Any thread. keepalive_time: ns of silence after which the peer is sent PING (0, as at first: never);
+ * keepalive_timeout: ns of further silence after which the connection ends, MPRPC_LINK_SILENT. unsent_max: bytes that
+ * may wait to be written when a call comes (0, as at first: any). */
+void mprpc_link_limit(struct mprpc_link *link, uint64_t keepalive_time, uint64_t keepalive_timeout, size_t unsent_max);
 /* Nobody may be in a call. */
 void mprpc_link_free(struct mprpc_link *link);
 /* Any thread. Ends all calls in flight; later ones end at once. */

@@ -18,6 +18,11 @@ struct mprpc_link {
     struct mprpc_call *first, *last;
     uint64_t used;    /* when a call last ended */
     uint64_t patience; /* ns, as set for the socket's receiving */
+    uint64_t heard;   /* when bytes last came */
+    uint64_t asked;   /* when PING was sent that nothing has come after, 0: none */
+    uint64_t acked;   /* bytes that the peer's kernel had acknowledged then */
+    uint64_t keepalive_time, keepalive_timeout; /* ns; no time: never asked */
+    size_t unsent_max;
     int64_t dead;     /* why, 0: alive */
     int fd;
     struct mprpc_wire *wire; /* of a connection within the process, or NULL */

@@ -35,6 +35,7 @@ enum {
     PROGRESS_MIN = 16384,    /* bytes of a frame that count as progress: a byte now and then does not */
     CLASSIC_READ = 1024,     /* what the C++ consumer's only recv takes */
     LINGER_BYTES = 64 << 20, /* discarded from a peer that goes on sending to a connection that has ended */
+    SWEEP = 1024,            /* connections looked at for idleness at once */
     LARGE = 65536,           /* a payload from here is sent from where it lies, without a copy through the scratch */
 };
 static const uint64_t LINGER = UINT64_C(2000000000);     /* ns to wait for a peer to end its side */
@@ -143,6 +144,7 @@ struct connection {
     struct list *list;
     uint64_t since;    /* when it entered that list */
     uint64_t received; /* when what is in `in` came */
+    uint64_t used;     /* when a request last came, an answer left, or its peer read */
     uint64_t discarded;
     size_t sent;       /* bytes at the start of out */
     size_t progress;   /* in.size when `since` was set */
@@ -190,6 +192,8 @@ struct mprpc_loop {
     uint32_t *generations, *free_slots;
     uint32_t room, free_count;
     struct list frames, lingering; /* their timeouts */
+    uint64_t sweep_at; /* when to look for idle connections again */
+    uint32_t swept;    /* slots that this round has looked at */
     uint64_t *queue; /* connections with whole frames left, in order */
     size_t queued, queue_room;
     uint64_t now;
@@ -486,6 +490,7 @@ static void writable(struct mprpc_loop *l, struct connection *c)
         return;
     }
     c->sent += (size_t)n;
+    c->used = l->now;
     if (c->sent == c->out.size || c->sent > c->out.size / 2) { /* so each byte is moved at most once */
         mprpc_bytes_drop(&c->out, c->sent);
         c->sent = 0;
@@ -504,6 +509,7 @@ static void writable(struct mprpc_loop *l, struct connection *c)
 /* What a connection needs after the last answer it was waiting for: a classic one ends with it. */
 static void answered(struct mprpc_loop *l, struct connection *c)
 {
+    c->used = l->now;
     if (c->session.in_flight == 0 && (c->session.dialect == MPRPC_CLASSIC || c->peer_end))
         end(l, c);
 }
@@ -660,6 +666,8 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
 {
     uint64_t key = key_of(c);
 
+    if (count)
+        c->used = l->now;
     for (size_t i = 0; i < count; i++) {
         unsigned requests = l->events[i].frame.kind == MPRPC_REQUEST;
         atomic_fetch_add(&l->in_flight, requests);
@@ -850,6 +858,48 @@ static void queue_on(struct mprpc_loop *l)
     free(queue);
 }
 
+/* ---- idle connections ---- */
+
+/* Nothing is under way there, and nothing was for idle_timeout. PING does not count: a consumer that only asks whether
+ * we live has no use for the connection. */
+static int idle(const struct mprpc_loop *l, const struct connection *c)
+{
+    int unread = c->out.size > c->sent; /* our answers: then it is the peer that is idle, whatever is in flight */
+
+    return c->used + l->limits.idle_timeout <= l->now &&
+           (unread || !(c->session.in_flight || c->waiting || c->in.size || c->session.skip));
+}
+
+/* GOAWAY first, so that the peer ends its side when it has no call under way; whoever has not by the next round hears
+ * the end. A request that crosses GOAWAY is answered not_run. */
+static void reap(struct mprpc_loop *l, struct connection *c)
+{
+    struct mprpc_bytes out = {0};
+
+    if (c->session.dialect != MPRPC_FRAMED || c->out.size > c->sent)
+        destroy(l, c, 1);
+    else if (c->session.draining)
+        end(l, c);
+    else if (mprpc_session_drain(&c->session, &out) == 0)
+        put(l, c, out.at, out.size, NULL, 0);
+    mprpc_bytes_free(&out);
+}
+
+/* A round over all connections takes a quarter of idle_timeout: so late may one be found, at no cost to calls. */
+static void sweep(struct mprpc_loop *l)
+{
+    uint32_t until = l->room - l->swept > SWEEP ? l->swept + SWEEP : l->room;
+
+    for (; l->swept < until; l->swept++) {
+        struct connection *c = l->connections[l->swept];
+        if (c && !c->ended && idle(l, c))
+            reap(l, c);
+    }
+    if (l->swept == l->room)
+        l->swept = 0;
+    l->sweep_at = l->now + l->limits.idle_timeout / 4 / (l->room / SWEEP + 1);
+}
+
 /* ---- connections come ---- */
 
 static int slots_grow(struct mprpc_loop *l)
@@ -908,6 +958,7 @@ static void establish(struct mprpc_loop *l, int fd, struct mprpc_wire *wire)
     c->slot = l->free_slots[l->free_count - 1];
     c->generation = l->generations[c->slot];
     c->events = IN;
+    c->used = l->now;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a unix socket has none */
     if (poller_set(&l->poller, fd, key_of(c), IN, 1))
         goto refused;
@@ -1217,6 +1268,8 @@ static void timers(struct mprpc_loop *l)
     while (due(&l->lingering) <= l->now)
         destroy(l, l->lingering.first, 0);
     watch_shared(l);
+    if (l->limits.idle_timeout && l->sweep_at <= l->now)
+        sweep(l);
     if (!l->ending && ends_at(l) <= l->now)
         end_all(l);
 }
@@ -1229,6 +1282,8 @@ static uint64_t patience(const struct mprpc_loop *l)
         return 0;
     at = due(&l->lingering) < at ? due(&l->lingering) : at;
     at = l->yield_until < at ? l->yield_until : at;
+    if (l->limits.idle_timeout && l->free_count < l->room)
+        at = l->sweep_at < at ? l->sweep_at : at;
     at = l->ending || ends_at(l) > at ? at : ends_at(l);
     return at == FOREVER ? FOREVER : at > l->now ? at - l->now : 0;
 }

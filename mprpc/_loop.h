@@ -17,6 +17,7 @@ enum {
 
 struct mprpc_limits {
     uint64_t frame_timeout;   /* ns in which a frame that has begun must make progress */
+    uint64_t idle_timeout;    /* ns without a call, or without reading an answer; 0: for ever */
     uint32_t payload_max;     /* bytes */
     uint32_t output_max;      /* bytes waiting for a slow reader before its requests are no longer read */
     uint32_t connections_max; /* over all loops of a provider */

@@ -58,6 +58,7 @@ int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, siz
 int64_t mprpc_session_reply(struct mprpc_session *s, struct mprpc_reply *reply, uint8_t *to);
 void mprpc_session_unaccept(struct mprpc_session *s);
 int mprpc_session_drain(struct mprpc_session *s, struct mprpc_bytes *out);
+int mprpc_session_ping(struct mprpc_session *s, struct mprpc_bytes *out);
 uint64_t mprpc_session_call(struct mprpc_session *s, uint64_t tag);
 int mprpc_session_forget(struct mprpc_session *s, uint64_t call_id);
 
@@ -71,7 +72,7 @@ int mprpc_session_forget(struct mprpc_session *s, uint64_t call_id);
 #define MPRPC_TURN_COUNT ...
 #define MPRPC_TURN_SHIFT ...
 struct mprpc_limits {
-    uint64_t frame_timeout;
+    uint64_t frame_timeout, idle_timeout;
     uint32_t payload_max, output_max, connections_max, classic;
     ...;
 };
@@ -158,6 +159,7 @@ uint64_t mprpc_load_cost(const struct mprpc_load *load, uint64_t now);
 #define MPRPC_LINK_END ...
 #define MPRPC_LINK_CLOSED ...
 #define MPRPC_LINK_GOAWAY ...
+#define MPRPC_LINK_SILENT ...
 struct mprpc_call {
     uint64_t deadline;
     uint8_t *small, *large, *words;
@@ -173,6 +175,7 @@ struct mprpc_link *mprpc_link_new(int fd, uint32_t payload_max);
 int mprpc_wire_pair(struct mprpc_wire *ends[2]);
 void mprpc_wire_close(struct mprpc_wire *end);
 struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t payload_max);
+void mprpc_link_limit(struct mprpc_link *link, uint64_t keepalive_time, uint64_t keepalive_timeout, size_t unsent_max);
 void mprpc_link_free(struct mprpc_link *link);
 void mprpc_link_close(struct mprpc_link *link);
 void mprpc_link_measure(struct mprpc_link *link, struct mprpc_load *load);

@@ -383,6 +383,13 @@ uint64_t mprpc_session_call(struct mprpc_session *s, uint64_t tag)
     return s->last_id;
 }
 
+int mprpc_session_ping(struct mprpc_session *s, struct mprpc_bytes *out)
+{
+    struct mprpc_reply r = {.call_id = ++s->last_id, .kind = MPRPC_PING};
+
+    return put(out, &r, NULL);
+}
+
 uint64_t mprpc_session_tag(const struct mprpc_session *s, uint64_t id)
 {
     return s->ring && id && s->ids[id & (s->ring - 1)] == id ? s->tags[id & (s->ring - 1)] : 0;

@@ -91,6 +91,8 @@ int mprpc_session_drain(struct mprpc_session *s, struct mprpc_bytes *out);
 
 /* Client: opens a call under tag; its call_id, or 0 when MPRPC_CALLS_MAX are in flight (or memory ran out). */
 uint64_t mprpc_session_call(struct mprpc_session *s, uint64_t tag);
+/* Client: a PING into *out, which any peer answers. 0, or MPRPC_NO_MEMORY. */
+int mprpc_session_ping(struct mprpc_session *s, struct mprpc_bytes *out);
 /* Client: the tag of a call in flight, 0 if it is not. */
 uint64_t mprpc_session_tag(const struct mprpc_session *s, uint64_t call_id);
 /* Client: nobody waits for it any more; a late response is dropped. 1 if it was in flight. */

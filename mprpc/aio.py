@@ -30,7 +30,7 @@ from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 from mprpc.futures import MAIL, Mail, Mailbox
-from mprpc.subchannel import split_address
+from mprpc.subchannel import new_link, split_address
 from mprpc.unary_call import UnaryCall
 
 if TYPE_CHECKING:
@@ -517,11 +517,11 @@ class _Hub:
             text = f"can't connect to {endpoint.address}: {error.strerror or error}"
             raise Unavailable(text, not_run=True) from None
         descriptor = connection.detach()
-        handle = lib.mprpc_link_new(descriptor, self._config.max_payload)
-        if handle == ffi.NULL:
+        handle = new_link(descriptor, self._config)
+        if handle is None:
             os.close(descriptor)
             raise Unavailable(f"can't connect to {endpoint.address}: no memory for a connection", not_run=True)
-        return ffi.gc(handle, lib.mprpc_link_free)
+        return handle
 
     @staticmethod
     def _not_reached(endpoint: Subchannel) -> None:

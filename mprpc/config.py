@@ -404,10 +404,18 @@ class MprpcConfig(_Checked):
     )
     hedge_share: float = _key(0.05, _Number(0, 1, "a number"), "calls that do, at most, as a share of the method's")
     frame_timeout: float = _key(10.0, _SECONDS, "seconds for a frame that has begun to come whole")
+    keepalive_time: float = _key(
+        30.0, _Number(0, 86400), "seconds of silence after which a channel asks whether the provider lives; 0: never"
+    )
+    keepalive_timeout: float = _key(10.0, _SECONDS, "seconds for its answer, before the connection is given up")
+    idle_timeout: float = _key(
+        600.0, _Number(0, 86400), "seconds without a call after which a provider ends a connection; 0: never"
+    )
     drain_timeout: float = _key(5.0, _Number(0, 86400), "seconds that calls in flight get at the provider's end")
     max_payload: int = _key(64 << 20, _Size(1, 2**31 - 1), "bytes of a message (k, M, G allowed)")
     max_connections: int = _key(10000, _Whole(1, 1_000_000), "connections of a provider; one more is reset")
     max_output: int = _key(1 << 20, _Size(1, 2**31 - 1), "bytes that wait for a slow reader before it isn't read from")
+    max_unsent: int = _key(64 << 20, _Size(1, 2**31 - 1), "bytes that wait for a slow provider before calls to it fail")
     max_pending: int = _key(10000, _Whole(1, 1_000_000), "futures of a process in flight before the next has to wait")
     classic: bool = _key(True, _Switch(), "serve callers that speak the seed's protocol")
     dialect: str = _key("auto", _Choice("auto", "framed", "classic"), "what a channel speaks: auto, framed or classic")

@@ -440,6 +440,7 @@ class _Loop:
     ) -> None:
         limits = ffi.new("struct mprpc_limits *")
         limits.frame_timeout = int(config.frame_timeout * _NS)
+        limits.idle_timeout = int(config.idle_timeout * _NS)
         limits.payload_max = config.max_payload
         limits.output_max = config.max_output
         limits.connections_max = config.max_connections

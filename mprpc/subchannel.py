@@ -17,7 +17,7 @@ from mprpc.errors import Unavailable
 if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
 
-__all__ = ["Load", "Subchannel", "channel_closed", "split_address"]
+__all__ = ["Load", "Subchannel", "channel_closed", "new_link", "split_address"]
 
 _NS = 1_000_000_000
 _REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
@@ -108,12 +108,12 @@ class Subchannel:
             return memory.connect(self.address, self._config.max_payload)
         connection = self.socket(deadline)
         connection.settimeout(None)
-        link = lib.mprpc_link_new(connection.fileno(), self._config.max_payload)
-        if link == ffi.NULL:
+        link = new_link(connection.fileno(), self._config)
+        if link is None:
             connection.close()
             raise self._unreachable("no memory for a connection")
         connection.detach()
-        return ffi.gc(link, lib.mprpc_link_free)
+        return link
 
     def rest(self) -> None:
         """It could not be reached; longer each time, but once for attempts at the same time."""
@@ -170,6 +170,16 @@ class Subchannel:
             link, self.link = self.link, None
         if link is not None:
             lib.mprpc_link_close(link)
+
+
+def new_link(descriptor: int, config: MprpcConfig) -> Any:
+    """C's half of a connection, which owns the descriptor from now on; None without memory."""
+    link = lib.mprpc_link_new(descriptor, config.max_payload)
+    if link == ffi.NULL:
+        return None
+    keepalive = int(config.keepalive_time * _NS), int(config.keepalive_timeout * _NS)
+    lib.mprpc_link_limit(link, *keepalive, config.max_unsent)
+    return ffi.gc(link, lib.mprpc_link_free)
 
 
 def split_address(address: str) -> tuple[str, int | None]:

@@ -293,7 +293,8 @@ class UnaryCall(Generic[Request, Response]):
         if outcome == lib.MPRPC_CALL_CANCELLED:
             return self._cancelled(not_run=not sent)
         if outcome == lib.MPRPC_CALL_FULL:
-            text = f"{name}: {lib.MPRPC_CALLS_MAX} calls to {address} are in flight, or memory ran out"
+            crowd = f"{lib.MPRPC_CALLS_MAX} calls are in flight, or max_unsent bytes wait, or memory ran out"
+            text = f"{name}: {address} takes no more now: {crowd}"
             return ResourceExhausted(text, not_run=True)
         endpoint.drop(link)
         return Unavailable(f"{name}: {address}: {_why(reason)}", not_run=not sent)
@@ -395,5 +396,6 @@ def _why(reason: int) -> str:
 _REASONS = {
     lib.MPRPC_LINK_END: "the provider ended the connection",
     lib.MPRPC_LINK_CLOSED: "the channel was closed",
-    lib.MPRPC_LINK_GOAWAY: "the provider is shutting down",
+    lib.MPRPC_LINK_GOAWAY: "the provider takes no more calls on this connection (GOAWAY)",
+    lib.MPRPC_LINK_SILENT: "the provider is silent, no answer to PING within keepalive_timeout",
 }
