@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
+from mprpc import context
 from mprpc._native import ffi, lib
 from mprpc.channel import MprpcChannel
 from mprpc.config import MprpcConfig
@@ -31,12 +32,13 @@ from mprpc.controller import MprpcController
 from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 from mprpc.futures import MAIL, Mail, Mailbox
 from mprpc.subchannel import new_link, split_address
-from mprpc.unary_call import UnaryCall
+from mprpc.unary_call import UnaryCall, changed_policy, policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from types import TracebackType
 
+    from mprpc.retry import Attempts, Policy
     from mprpc.subchannel import Subchannel
 
 __all__ = ["AsyncMprpcChannel", "AsyncUnaryCall"]
@@ -113,10 +115,17 @@ class AsyncUnaryCall(Generic[Request, Response]):
     Errors, controller and timeout are `UnaryCall`'s. Cancelling the task sends CANCEL to the provider.
     """
 
-    def __init__(self, channel: AsyncMprpcChannel, method: MethodDescriptor, response_class: type[Response]) -> None:
+    def __init__(
+        self,
+        channel: AsyncMprpcChannel,
+        method: MethodDescriptor,
+        response_class: type[Response],
+        policy: Policy | None = None,
+    ) -> None:
         self._channel = channel
         self._method = method
         self._response_class = response_class
+        self._policy = policy_of(channel._channel._config, method) if policy is None else policy
         self._made: UnaryCall[Any, Response] | None = None
 
     def __call__(
@@ -156,33 +165,92 @@ class AsyncUnaryCall(Generic[Request, Response]):
             controller._end(failed)
         return self._response_class()
 
+    def with_options(
+        self,
+        *,
+        idempotent: bool | None = None,
+        retries: int | None = None,
+        attempt_timeout: float | None = None,
+    ) -> AsyncUnaryCall[Request, Response]:
+        """As `UnaryCall.with_options`."""
+        policy = changed_policy(self._policy, idempotent, retries, attempt_timeout)
+        return AsyncUnaryCall(self._channel, self._method, self._response_class, policy)
+
     async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
+        outer = context.handled()
+        if outer is None:
+            return await self._start(request, timeout, controller, settled=False)
+        default = self._channel._channel._timeout
+        timeout = context.left(outer, default if timeout is None else timeout)
+        outer._keep()
+        started = asyncio.ensure_future(self._start(request, timeout, controller, settled=outer.attempt > 0))
+        started.add_done_callback(_retrieve)
+        loop = asyncio.get_running_loop()
+
+        def cancel() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(started.cancel)
+
+        outer.notify_on_cancel(cancel)
+        try:
+            await asyncio.wait({started})
+        except BaseException:
+            started.cancel()
+            raise
+        finally:
+            outer._forget_on_cancel(cancel)
+        if started.cancelled():
+            raise Cancelled("the caller of this handler has given up")
+        return started.result()
+
+    async def _start(
+        self, request: Request, timeout: float | None, controller: MprpcController | None, *, settled: bool
+    ) -> Response:
         call = self._made or await self._make()
         payload, nanoseconds = call._prepare(request, timeout)
+        call._calls += 1
         deadline = time.monotonic_ns() + nanoseconds
-        endpoint = first = call._target.next()
+        endpoint = call._target.next()
         hub = self._channel._hub()
-        if endpoint is not None and len(payload) <= call._max_payload:
+        attempts: Attempts[Subchannel] | None = None
+        if endpoint is not None and len(payload) <= call._max_payload and not call._hurries:
             link = hub.links.get(endpoint.address)
             if link is not None and not endpoint.classic:
                 if controller is not None:
                     controller._peer = endpoint.address
                 try:
-                    return await hub.call(link, call, endpoint, payload, nanoseconds, deadline)
+                    return await hub.call(link, call, endpoint, payload, nanoseconds, deadline, 0)
                 except RpcError as error:
-                    if not call._may_retry(error) or time.monotonic_ns() >= deadline:
-                        raise
-                    first = None
-        return await self._go_round(hub, call, payload, deadline, controller, first)
+                    attempts = call._attempts(deadline, settled=settled)
+                    await self._wait_to_retry(call, attempts, endpoint, error, old=True)
+                    endpoint = None
+        attempts = attempts or call._attempts(deadline, settled=settled)
+        return await self._go_round(hub, call, payload, attempts, controller, endpoint)
+
+    @staticmethod
+    async def _wait_to_retry(
+        call: UnaryCall[Any, Response],
+        attempts: Attempts[Subchannel],
+        endpoint: Subchannel | None,
+        error: RpcError,
+        *,
+        old: bool,
+    ) -> None:
+        """Until the next attempt. Raises what the call has failed with."""
+        pause = call._after(attempts, endpoint, error, old=old)
+        if pause is None:
+            raise attempts.problem or error
+        if pause:
+            await asyncio.sleep(pause / _NS)
 
     async def _make(self) -> UnaryCall[Any, Response]:
         """The blocking call that this one is the face of; making it may open the registry, which takes its time."""
         channel = self._channel._channel
         if channel._address:
-            made: UnaryCall[Any, Response] = UnaryCall(channel, self._method, self._response_class)
+            made: UnaryCall[Any, Response] = UnaryCall(channel, self._method, self._response_class, self._policy)
         else:
             run = asyncio.get_running_loop().run_in_executor
-            made = await run(None, UnaryCall, channel, self._method, self._response_class)
+            made = await run(None, UnaryCall, channel, self._method, self._response_class, self._policy)
         if self._made is None:  # callers at the same time go on with one: what looks for a provider is shared by it
             self._made = made
         return self._made
@@ -192,41 +260,23 @@ class AsyncUnaryCall(Generic[Request, Response]):
         hub: _Hub,
         call: UnaryCall[Any, Response],
         payload: bytes,
-        deadline: int,
+        attempts: Attempts[Subchannel],
         controller: MprpcController | None,
         first: Subchannel | None,
     ) -> Response:
-        """Calls the endpoints in turn, from `first` on, until one has taken the request."""
+        """Calls one endpoint after the other, from `first` on, as long as `attempts` says."""
         call._check_size(payload)
-        failed: RpcError | None = None
-        for endpoint in await hub.endpoints(call, deadline, first):
-            if controller is not None:
-                controller._peer = endpoint.address
+        while True:
+            endpoint = attempts.next(await hub.endpoints(call, attempts.deadline, first))
+            first, old = None, endpoint is not None and endpoint.address in hub.links
             try:
-                if endpoint.classic:
-                    return await hub.call_classic(call, endpoint, payload, deadline)
-                return await self._call_endpoint(hub, call, endpoint, payload, deadline)
+                if endpoint is None:
+                    raise call._nobody(attempts)
+                if controller is not None:
+                    controller._peer = endpoint.address
+                return await hub.call_endpoint(call, endpoint, payload, attempts)
             except RpcError as error:
-                if not call._may_retry(error):
-                    raise
-                call._target.failed(endpoint)
-                failed = error
-        raise failed or Unavailable(f"{call._method.full_name}: {call._target.nobody()}", not_run=True)
-
-    @staticmethod
-    async def _call_endpoint(
-        hub: _Hub, call: UnaryCall[Any, Response], endpoint: Subchannel, payload: bytes, deadline: int
-    ) -> Response:
-        used = hub.links.get(endpoint.address)
-        if used is not None:
-            try:
-                return await hub.call_within(used, call, endpoint, payload, deadline)
-            except Unavailable as error:
-                if not call._may_retry(error):
-                    raise
-            # An old connection may have ended since its last call: that says nothing of the endpoint.
-        link = await hub.connect(endpoint, deadline)
-        return await hub.call_within(link, call, endpoint, payload, deadline)
+                await self._wait_to_retry(call, attempts, endpoint, error, old=old)
 
 
 class _Link:
@@ -264,13 +314,24 @@ class _Hub:
 
     # ---- a call ----
 
-    async def call_within(
-        self, link: _Link, call: UnaryCall[Any, Response], endpoint: Subchannel, payload: bytes, deadline: int
+    async def call_endpoint(
+        self,
+        call: UnaryCall[Any, Response],
+        endpoint: Subchannel,
+        payload: bytes,
+        attempts: Attempts[Subchannel],
     ) -> Response:
-        left = deadline - time.monotonic_ns()
+        if endpoint.classic:
+            now = time.monotonic_ns()
+            return await self.call_classic(call, endpoint, payload, now + attempts.timeout(now))
+        link = self.links.get(endpoint.address)
+        if link is None:
+            link = await self.connect(endpoint, attempts.deadline)
+        now = time.monotonic_ns()
+        left = attempts.timeout(now)
         if left <= 0:
-            raise DeadlineExceeded(f"{call._method.full_name}: the deadline passed before it was sent", not_run=True)
-        return await self.call(link, call, endpoint, payload, left, deadline)
+            raise call._out_of_time()
+        return await self.call(link, call, endpoint, payload, left, now + left, attempts.number)
 
     async def call(
         self,
@@ -280,6 +341,7 @@ class _Hub:
         payload: bytes,
         timeout: int,
         deadline: int,
+        attempt: int,
     ) -> Response:
         size = len(payload)
         if self._waiting or not self._has_room(size):
@@ -289,7 +351,7 @@ class _Hub:
             self._flying += 1
             self._bytes += size
         try:
-            mail, data = await self._submit(link, call, endpoint, payload, timeout)
+            mail, data = await self._submit(link, call, endpoint, payload, timeout, attempt)
         finally:
             self._leave(size)
         size = mail[1]
@@ -298,11 +360,11 @@ class _Hub:
         raise call._mail_error(endpoint, None, mail, data)
 
     async def _submit(
-        self, link: _Link, call: UnaryCall[Any, Any], endpoint: Subchannel, payload: bytes, timeout: int
+        self, link: _Link, call: UnaryCall[Any, Any], endpoint: Subchannel, payload: bytes, timeout: int, attempt: int
     ) -> tuple[Mail, bytes]:
         token = next(self._tokens)
         identity = lib.mprpc_link_submit(
-            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, 0, True, ffi.NULL
+            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, attempt, True, ffi.NULL
         )
         if identity < 0:
             if identity != lib.MPRPC_CALL_FULL:

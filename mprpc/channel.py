@@ -20,6 +20,7 @@ from mprpc import unary_call
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import ConfigError, RpcError, Unavailable
+from mprpc.retry import Budget
 from mprpc.service import attribute_of
 from mprpc.subchannel import Subchannel, channel_closed, split_address
 from mprpc.target import Fixed, Found
@@ -68,6 +69,7 @@ class MprpcChannel:
             split_address(self._address)  # a bad address is told now, not at the first call
         self._lock = threading.Lock()
         self._closed = False
+        self._budget = _budget(config)
         self._registry: Registry | None = None
         self._endpoints: dict[tuple[str, bool], Subchannel] = {}
         self._views: dict[str, ServiceView] = {}
@@ -215,6 +217,7 @@ class MprpcChannel:
     def _forget_forked(self) -> None:
         """In a forked child: the parent's connections are not ours to use, nor to shut down."""
         self._lock = threading.Lock()
+        self._budget = _budget(self._config)
         self._registry = None
         self._views.clear()
         for endpoint in self._endpoints.values():
@@ -240,6 +243,10 @@ class _Stub:
 
 def _response_of(future: Future[Response]) -> Response | None:
     return None if future.cancelled() or future.exception() else future.result()
+
+
+def _budget(config: MprpcConfig) -> Budget:
+    return Budget(config.retry_share, config.retry_rate, threading.Lock())
 
 
 def _configured(config: MprpcConfig) -> str:

@@ -49,6 +49,7 @@ class MprpcController:
     _stop: Callable[[], object] | None = None  # of a call under way: what ends it
     _wanted: bool = False
     _ended: bool = False
+    _settled: bool = False  # of a call under way: it is not retried
 
     def reset(self) -> None:
         """As new, `timeout` included."""
@@ -138,6 +139,13 @@ class MprpcController:
                 self._on_cancel = (*self._on_cancel, callback)
         if canceled:
             callback()
+
+    def _forget_on_cancel(self, callback: Callable[[], object]) -> None:
+        with _cancelling:
+            self._on_cancel = tuple(each for each in self._on_cancel if each != callback)
+
+    def _keep(self) -> None:
+        """Handler: what it says is asked for on another thread from now on, or later."""
 
     def _cancel(self) -> None:
         with _cancelling:

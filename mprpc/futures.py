@@ -15,6 +15,7 @@ a lock held.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import os
 import struct
@@ -27,14 +28,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from mprpc import context
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
-from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
+from mprpc.errors import ResourceExhausted, RpcError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mprpc.config import MprpcConfig
+    from mprpc.retry import Attempts
     from mprpc.subchannel import Subchannel
     from mprpc.unary_call import UnaryCall
 
@@ -78,9 +79,9 @@ class CallFuture(Future[Response], Generic[Response]):
     _token = 0  # its key in _pending or in _queued, another one for each attempt
     _at: tuple[Any, int] | None = None  # the link and the call_id: read and written as one
     _endpoint: Subchannel | None = None
-    _again = False  # the link was an old one: its end says nothing of the endpoint
-    _round: Iterator[Subchannel] | None = None  # the endpoints that are left to try
-    _problem: RpcError | None = None  # why the last one did not take it
+    _old = False  # the link was an old one: its end says nothing of the endpoint
+    _attempts: Attempts[Subchannel] | None = None  # once it is no plain call any more
+    _outer: MprpcController | None = None  # of the handler that it belongs to
 
     def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
         self._waiters: list[Any] = []
@@ -97,6 +98,7 @@ class CallFuture(Future[Response], Generic[Response]):
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
         reader().forget(self)
+        self._leave()
         if self._controller is not None:
             self._controller._end(self._call._cancelled(not_run=False))
         self._run_callbacks()
@@ -146,8 +148,8 @@ class CallFuture(Future[Response], Generic[Response]):
         """Resolves it, unless it has been cancelled."""
         self._at = None  # a future that is kept must keep no connection
         self._payload = b""
-        if self._round is not None:
-            self._round = self._problem = None
+        if self._outer is not None:
+            self._leave()
         if self._weight:
             reader().unload(self)
         if self._resolve(response, error) and self._done_callbacks:
@@ -167,6 +169,11 @@ class CallFuture(Future[Response], Generic[Response]):
             for waiter in self._waiters:
                 waiter.add_result(self) if error is None else waiter.add_exception(self)
         return True
+
+    def _leave(self) -> None:
+        if self._outer is not None:
+            self._outer._forget_on_cancel(self._stop)
+            self._outer = None
 
     def _run_callbacks(self) -> None:
         try:
@@ -215,6 +222,8 @@ class _Reader:
         self._box = Mailbox()
         self._pending: dict[int, CallFuture[Any]] = {}
         self._queued: dict[int, CallFuture[Any]] = {}  # for a lane, in order
+        self._paused: dict[int, CallFuture[Any]] = {}  # until their next attempt
+        self._later: list[tuple[int, int]] = []  # when, and which token: a heap, under the lock
         self._due = _FOREVER  # no queued call's deadline is before, monotonic ns
         self._tokens = count(1)
         self._lock = threading.Lock()  # of what follows
@@ -231,7 +240,8 @@ class _Reader:
     def start(self, future: CallFuture[Any], timeout: int) -> None:
         """Submits the call, or queues it. Raises ResourceExhausted when there is no room before its deadline."""
         call, size = future._call, len(future._payload)
-        if size > _SMALL or len(self._pending) + len(self._queued) >= call._channel._config.max_pending:
+        call._calls += 1
+        if size > _SMALL or self._in_flight() >= call._channel._config.max_pending:
             self._wait_for_room(future, size)
             timeout = max(0, future._deadline - time.monotonic_ns())
         endpoint = future._endpoint = call._target.next()
@@ -239,14 +249,20 @@ class _Reader:
             if future._controller is not None:
                 future._controller._peer = endpoint.address
             link = endpoint.link
-            if link is not None:
-                future._problem = self._submit(future, endpoint, link, timeout)
-                if future._problem is None:
-                    return
-                future._endpoint = None
+            if link is not None and not call._hurries:
+                future._old = True
+                problem = self._submit(future, endpoint, link, timeout, 0)
+                if problem is not None:
+                    self._retry(future, problem)
+                return
         self._queue(future)
 
-    def _submit(self, future: CallFuture[Any], endpoint: Subchannel, link: Any, timeout: int) -> RpcError | None:
+    def _in_flight(self) -> int:
+        return len(self._pending) + len(self._queued) + len(self._paused)
+
+    def _submit(
+        self, future: CallFuture[Any], endpoint: Subchannel, link: Any, timeout: int, attempt: int
+    ) -> RpcError | None:
         """Gives the call to a connection. None, or why that does not take it."""
         call, payload = future._call, future._payload
         if endpoint.mailed is not link:
@@ -255,7 +271,7 @@ class _Reader:
         token = future._token = next(self._tokens)
         self._pending[token] = future
         identity = lib.mprpc_link_submit(
-            link, token, call._names, call._names_size, payload, len(payload), timeout, 0, True, ffi.NULL
+            link, token, call._names, call._names_size, payload, len(payload), timeout, attempt, True, ffi.NULL
         )
         if identity > 0:
             future._at = link, identity
@@ -275,7 +291,8 @@ class _Reader:
             lib.mprpc_link_cancel(*at)
         self._pending.pop(future._token, None)
         self._queued.pop(future._token, None)
-        if not self._pending and not self._queued:
+        self._paused.pop(future._token, None)
+        if not self._in_flight():
             lib.mprpc_mailbox_wake(self._box.handle)  # the thread has nothing to wait for any more
         if future._weight:
             self.unload(future)
@@ -309,11 +326,11 @@ class _Reader:
 
     def _has_room(self, config: MprpcConfig, weight: int) -> bool:
         fits = not weight or not self._bytes or self._bytes + weight <= config.max_payload
-        return fits and len(self._pending) + len(self._queued) < config.max_pending
+        return fits and self._in_flight() < config.max_pending
 
     def _full(self, config: MprpcConfig) -> ResourceExhausted:
         text = f"max_pending={config.max_pending} calls are in flight"
-        if len(self._pending) + len(self._queued) < config.max_pending:
+        if self._in_flight() < config.max_pending:
             text = f"requests with max_payload={config.max_payload} bytes together are in flight"
         return ResourceExhausted(text, not_run=True)
 
@@ -321,7 +338,7 @@ class _Reader:
 
     def _start_thread(self) -> None:
         with self._lock:
-            if self._thread is None and (self._pending or self._queued):
+            if self._thread is None and self._in_flight():
                 self._thread = threading.Thread(target=self._run, name="mprpc-reader", daemon=True)
                 self._thread.start()
 
@@ -333,20 +350,26 @@ class _Reader:
                 self._deliver()
             if self._due != _FOREVER and time.monotonic_ns() >= self._due:
                 self._expire_queued()
-            if not arrived and not self._pending and not self._queued and self._ends():
+            if self._later:
+                self._resume()
+            if not arrived and not self._in_flight() and self._ends():
                 break
         self._ours.discard(threading.get_ident())
 
     def _patience(self) -> int:
-        if self._queued:
-            return max(0, self._due - time.monotonic_ns())
+        until = self._due if self._queued else _FOREVER
+        with self._lock:
+            if self._later:
+                until = min(until, self._later[0][0])
+        if until != _FOREVER:
+            return max(0, until - time.monotonic_ns())
         return _FOREVER if self._pending else _LINGER
 
     def _ends(self) -> bool:
         """First the thread is gone, then it looks again: who has added a call since finds that it needs another."""
         with self._lock:
             thread, self._thread = self._thread, None
-            if self._pending or self._queued:
+            if self._in_flight():
                 self._thread = thread
             return self._thread is None
 
@@ -372,16 +395,55 @@ class _Reader:
     def _failed(self, future: CallFuture[Any], mail: Mail, data: bytes) -> None:
         call, at, endpoint = future._call, future._at, future._endpoint
         assert endpoint is not None
-        problem = call._mail_error(endpoint, at[0] if at is not None else None, mail, data)
-        if not call._may_retry(problem) or future.done() or time.monotonic_ns() >= future._deadline:
-            future._end(None, problem)
-            return
-        future._problem = problem
-        if future._round is None:
-            future._endpoint = None
-        elif not future._again:
-            call._target.failed(endpoint)
-        self._queue(future)
+        self._retry(future, call._mail_error(endpoint, at[0] if at is not None else None, mail, data))
+
+    def _retry(self, future: CallFuture[Any], problem: RpcError) -> None:
+        """Any thread: its last attempt has failed so."""
+        pause = self._after(future, problem)
+        if pause is None:
+            future._end(None, future._attempts.problem if future._attempts is not None else problem)
+        elif pause:
+            self._pause(future, pause)
+        else:
+            self._queue(future)
+
+    def _after(self, future: CallFuture[Any], problem: RpcError) -> int | None:
+        attempts = self._attempts(future)
+        if future.done():
+            return None
+        return future._call._after(attempts, future._endpoint, problem, old=future._old)
+
+    def _attempts(self, future: CallFuture[Any]) -> Attempts[Subchannel]:
+        if future._attempts is None:
+            outer = future._outer
+            settled = outer is not None and outer.attempt > 0
+            future._attempts = future._call._attempts(future._deadline, settled=settled)
+        return future._attempts
+
+    def _pause(self, future: CallFuture[Any], pause: int) -> None:
+        """Any thread: its next attempt comes later. The reader's thread sees to that."""
+        future._at = None
+        token = future._token = next(self._tokens)
+        with self._lock:
+            self._paused[token] = future
+            heapq.heappush(self._later, (time.monotonic_ns() + pause, token))
+            first = self._later[0][1] == token
+        if first:
+            lib.mprpc_mailbox_wake(self._box.handle)
+        if self._thread is None:
+            self._start_thread()
+        if future.done():
+            self.forget(future)  # cancelled before it paused
+
+    def _resume(self) -> None:
+        now, due = time.monotonic_ns(), []
+        with self._lock:
+            while self._later and self._later[0][0] <= now:
+                due.append(heapq.heappop(self._later)[1])
+        for token in due:
+            future = self._paused.pop(token, None)
+            if future is not None:
+                self._queue(future)
 
     def _expire_queued(self) -> None:
         """Ends what no lane had time for; _due is a bound, so most rounds have nothing to look for."""
@@ -439,53 +501,46 @@ class _Reader:
             return None
 
     def _go_on(self, future: CallFuture[Any]) -> BaseException | None:
-        """Offers the call to the endpoints in turn, until one has taken it; else why none has."""
-        call = future._call
-        for endpoint in self._endpoints(future):
-            if future.done():
-                return None
-            if future._controller is not None:
-                future._controller._peer = endpoint.address
+        """Offers the call to one endpoint after the other, until one has taken it; else why none has."""
+        call, attempts = future._call, self._attempts(future)
+        first, future._endpoint = (None if attempts.problem else future._endpoint), None
+        while not future.done():
+            endpoint = future._endpoint = attempts.next(call._target.all(future._deadline, first))
+            first = None
             try:
-                if endpoint.classic:
-                    future._end(call._call_classic(endpoint, future._payload, future._deadline), None)
-                    return None
-                problem = self._offer(future, endpoint)
+                problem = self._offer(future, endpoint, attempts)
             except RpcError as error:
                 problem = error
-            if problem is None or not call._may_retry(problem):
-                return problem
-            call._target.failed(endpoint)
-            future._problem = problem
-        return future._problem or Unavailable(f"{call._method.full_name}: {call._target.nobody()}", not_run=True)
+            if problem is None:
+                return None
+            pause = self._after(future, problem)
+            if pause is None:
+                return attempts.problem
+            if pause:
+                self._pause(future, pause)
+                return None
+        return None
 
-    def _endpoints(self, future: CallFuture[Any]) -> Iterator[Subchannel]:
-        """Those that are left: each once, and once more one whose connection was an old one."""
-        call, last = future._call, future._endpoint
-        if future._round is None:
-            future._round = iter(call._target.all(future._deadline, last))
-        elif future._again and last is not None:
-            future._again = False
-            yield last
-        yield from future._round
-
-    def _offer(self, future: CallFuture[Any], endpoint: Subchannel) -> RpcError | None:
-        """Submits it to one endpoint, again where the connection was an old one that has ended."""
-        future._again = endpoint.link is not None
-        problem = self._submit_connected(future, endpoint)
-        if future._again and isinstance(problem, Unavailable):
-            future._again = False
-            problem = self._submit_connected(future, endpoint)
-        return problem
-
-    def _submit_connected(self, future: CallFuture[Any], endpoint: Subchannel) -> RpcError | None:
-        link = endpoint.connect(future._deadline)
-        left = future._deadline - time.monotonic_ns()
+    def _offer(
+        self, future: CallFuture[Any], endpoint: Subchannel | None, attempts: Attempts[Subchannel]
+    ) -> RpcError | None:
+        call, future._old = future._call, False
+        if endpoint is None:
+            return call._nobody(attempts)
+        if future._controller is not None:
+            future._controller._peer = endpoint.address
+        if endpoint.classic:
+            now = time.monotonic_ns()
+            future._end(call._call_classic(endpoint, future._payload, now + attempts.timeout(now)), None)
+            return None
+        link = endpoint.link
+        future._old = link is not None
+        if link is None:
+            link = endpoint.connect(future._deadline)
+        left = attempts.timeout(time.monotonic_ns())
         if left <= 0:
-            text = f"{future._call._method.full_name}: the deadline passed before it was sent"
-            return DeadlineExceeded(text, not_run=True)
-        future._endpoint = endpoint
-        return self._submit(future, endpoint, link, left)
+            return call._out_of_time()
+        return self._submit(future, endpoint, link, left, attempts.number)
 
 
 def start_future(
@@ -497,12 +552,21 @@ def start_future(
         timeout = controller._begin(future._stop, timeout)
         if future.done():
             return future
+    outer = context.handled()
     try:
+        if outer is not None:
+            timeout = context.left(outer, call._channel._timeout if timeout is None else timeout)
         future._payload, nanoseconds = call._prepare(request, timeout)
         future._deadline = time.monotonic_ns() + nanoseconds
         call._check_size(future._payload)
+        if outer is not None:
+            outer._keep()
+            future._outer = outer
+            outer.notify_on_cancel(future._stop)
     except RpcError as error:
         future._end(None, error)
+        return future
+    if future.done():  # the handler's call has just been cancelled
         return future
     try:
         (_reader or reader()).start(future, nanoseconds)

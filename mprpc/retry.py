@@ -92,7 +92,7 @@ class Attempts(Generic[E]):
         self._policy, self._budget, self._chance, self._settled = policy, budget, chance, settled
         self.deadline = deadline
         self.number = 0  # the next attempt's, on the wire
-        self.problem: RpcError | None = None  # what the last one failed with
+        self.problem: RpcError | None = None  # what the call would fail with now
         self._made = 0
         self._tried: list[E] = []  # in this round
         self._lacking: list[E] = []  # that do not have the method
@@ -115,11 +115,11 @@ class Attempts(Generic[E]):
     def after(
         self, error: RpcError, endpoint: E | None, endpoints: Sequence[E], now: int, *, old: bool = False
     ) -> int | None:
-        """Nanoseconds until the next attempt, or None: the call has failed with that error.
+        """Nanoseconds until the next attempt, or None: the call has failed with `problem`.
 
         `old`: it was a connection from before this call, so that its end says nothing of the endpoint.
         """
-        self.problem = error
+        self.problem = error if not self.number else _may_have_run(error)
         if endpoint is not None:
             self._note(error, endpoint, old)
         if now >= self.deadline:
@@ -155,3 +155,8 @@ class Attempts(Generic[E]):
     def _pause(self) -> int:
         bound = min(self._policy.backoff * 2.0**self._made, self._policy.backoff_max)
         return int(self._chance() * bound * _NS)
+
+
+def _may_have_run(error: RpcError) -> RpcError:
+    """Of a call that may have run before it was refused nothing else may be said."""
+    return RpcError(error.status, error.text, details=error.details) if error.not_run else error

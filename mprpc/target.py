@@ -37,6 +37,10 @@ class Fixed:
     def all(self, deadline: int, first: Subchannel | None = None) -> tuple[Subchannel, ...]:
         return (self._endpoint,)
 
+    def known(self) -> tuple[Subchannel, ...]:
+        """As all(), without waiting for a list."""
+        return (self._endpoint,)
+
     def failed(self, endpoint: Subchannel) -> None:
         """There is no list to be wrong."""
 
@@ -78,6 +82,10 @@ class Found:
             first = self.next()
         start = endpoints.index(first) if first is not None else 0
         return tuple(sorted(endpoints[start:] + endpoints[:start], key=Subchannel.resting))
+
+    def known(self) -> tuple[Subchannel, ...]:
+        """Every endpoint of the list as it is, in no order."""
+        return self._endpoints
 
     def failed(self, endpoint: Subchannel) -> None:
         """A call went on to the next endpoint: does the list still hold?"""

@@ -1,16 +1,16 @@
 """A unary call: one method of one channel, callable.
 
 It serializes the request and gives it to a subchannel's connection; C sends, waits and receives in one call without
-the interpreter's lock (`_channel.c`). A call that could not be sent to its endpoint, or that the provider says never
-ran, goes on to the next, each once. What may have run is sent again only where the method is declared idempotent
-(protobuf's `idempotency_level`). A timeout becomes a deadline when the call starts; finding a provider, connecting,
-sending and waiting all draw on it.
+the interpreter's lock (`_channel.c`). What a call that failed may still try is said by `retry.py`, what one that a
+handler makes inherits by `context.py`. A timeout becomes a deadline when the call starts; finding a provider,
+connecting, sending, waiting and retries all draw on it.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,7 +18,9 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from mprpc import context
 from mprpc._native import ffi, lib
+from mprpc.controller import MprpcController
 from mprpc.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -26,19 +28,19 @@ from mprpc.errors import (
     InvalidArgument,
     ResourceExhausted,
     RpcError,
-    Status,
     Unavailable,
 )
+from mprpc.retry import Attempts, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mprpc.channel import MprpcChannel
-    from mprpc.controller import MprpcController
+    from mprpc.config import MprpcConfig
     from mprpc.futures import CallFuture, Mail
     from mprpc.subchannel import Subchannel
 
-__all__ = ["UnaryCall", "names_on_wire", "nanoseconds"]
+__all__ = ["UnaryCall", "changed_policy", "names_on_wire", "nanoseconds", "policy_of"]
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -75,9 +77,12 @@ class Cancellation:
         self.flag = ffi.new("struct mprpc_flag *")
         self.link: Any = ffi.NULL
         self.wanted = False
+        self._awake: threading.Event | None = None
 
     def __call__(self) -> None:
         self.wanted = True
+        if self._awake is not None:
+            self._awake.set()
         lib.mprpc_link_cancel_call(ffi.NULL, self.flag)  # first the flag, then a look at who did not see it any more
         lib.mprpc_link_cancel_call(self.link, self.flag)
 
@@ -85,6 +90,13 @@ class Cancellation:
         """The call goes to that link next; the flag that it takes there."""
         self.link = link
         return self.flag
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, unless the call is cancelled."""
+        self._awake = threading.Event()
+        if not self.wanted:
+            self._awake.wait(seconds)
+        self._awake = None
 
 
 class UnaryCall(Generic[Request, Response]):
@@ -95,7 +107,13 @@ class UnaryCall(Generic[Request, Response]):
     channel's. A request of another class is a TypeError, always.
     """
 
-    def __init__(self, channel: MprpcChannel, method: MethodDescriptor, response_class: type[Response]) -> None:
+    def __init__(
+        self,
+        channel: MprpcChannel,
+        method: MethodDescriptor,
+        response_class: type[Response],
+        policy: Policy | None = None,
+    ) -> None:
         self._channel = channel
         self._method = method
         self._request_class = GetMessageClass(method.input_type)
@@ -105,15 +123,34 @@ class UnaryCall(Generic[Request, Response]):
         self._names_size = len(self._names)
         self._timeout_ns = nanoseconds(channel._timeout)
         self._max_payload = channel._config.max_payload
-        self._idempotent = method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN
+        self._policy = policy_of(channel._config, method) if policy is None else policy
+        self._hurries = self._policy.idempotent and self._policy.attempt_timeout > 0.0
         self._target = channel._target(method)
+        self._calls = 0  # since the last one that had to ask for a retry
 
     def __call__(
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
     ) -> Response:
         if controller is not None:
             return self._controlled(request, timeout, controller)
+        if context.handled() is not None:
+            return self._within(request, timeout, MprpcController())
         return self._call(request, timeout, None)
+
+    def with_options(
+        self,
+        *,
+        idempotent: bool | None = None,
+        retries: int | None = None,
+        attempt_timeout: float | None = None,
+    ) -> UnaryCall[Request, Response]:
+        """The same method with other rules for what fails: `login = users.Login.with_options(idempotent=True)`.
+
+        `idempotent`: it may run twice, whatever its .proto file says. The others go before the keys of the same name.
+        What is None stays as it is. Raises ValueError.
+        """
+        policy = changed_policy(self._policy, idempotent, retries, attempt_timeout)
+        return UnaryCall(self._channel, self._method, self._response_class, policy)
 
     def future(
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
@@ -130,14 +167,30 @@ class UnaryCall(Generic[Request, Response]):
         return future
 
     def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
-        failed: RpcError | None = None
-        timeout = controller._begin(Cancellation(), timeout)
         try:
+            return self._within(request, timeout, controller)
+        except RpcError:
+            return self._response_class()
+
+    def _within(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
+        """A call with a controller, and perhaps inside of a handler."""
+        failed: RpcError | None = None
+        stop = Cancellation()
+        timeout = controller._begin(stop, timeout)
+        outer = context.handled()
+        if outer is not None:
+            outer.notify_on_cancel(stop)
+        try:
+            if outer is not None:
+                timeout = context.left(outer, self._channel._timeout if timeout is None else timeout)
+                controller._settled = outer.attempt > 0
             return self._call(request, timeout, controller)
         except RpcError as error:
             failed = error
-            return self._response_class()
+            raise
         finally:
+            if outer is not None:
+                outer._forget_on_cancel(stop)
             controller._end(failed)
 
     # ---- the hot path ----
@@ -154,9 +207,12 @@ class UnaryCall(Generic[Request, Response]):
 
     def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
         payload, nanoseconds = self._prepare(request, timeout)
+        self._calls += 1
         endpoint = self._target.next()
-        if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload:
-            return self._go_round(payload, time.monotonic_ns() + nanoseconds, controller, endpoint)
+        if endpoint is None or (link := endpoint.link) is None or len(payload) > self._max_payload or self._hurries:
+            settled = controller is not None and controller._settled
+            attempts = self._attempts(time.monotonic_ns() + nanoseconds, settled=settled)
+            return self._go_round(payload, attempts, controller, endpoint)
         cancelled = _NEVER
         if controller is not None:
             controller._peer = endpoint.address
@@ -183,76 +239,117 @@ class UnaryCall(Generic[Request, Response]):
         try:
             return self._finish(endpoint, link, slot, size)
         except RpcError as error:
-            if not self._may_retry(error):
-                raise
-        return self._go_round(payload, deadline, controller)
+            attempts = self._attempts(deadline, settled=controller is not None and controller._settled)
+            self._wait_to_retry(attempts, endpoint, error, controller, old=True)
+        return self._go_round(payload, attempts, controller)
 
     # ---- what is not a plain response from a connection that was there ----
 
+    def _attempts(self, deadline: int, *, settled: bool) -> Attempts[Subchannel]:
+        """For a call that is not plain any more."""
+        import random  # reseeded in a forked child; most processes get here late or never
+
+        return Attempts(self._policy, self._channel._budget, deadline, random.random, settled=settled)
+
     def _go_round(
-        self, payload: bytes, deadline: int, controller: MprpcController | None, first: Subchannel | None = None
+        self,
+        payload: bytes,
+        attempts: Attempts[Subchannel],
+        controller: MprpcController | None,
+        first: Subchannel | None = None,
     ) -> Response:
-        """Calls the endpoints in turn, from `first` on, until one has taken the request."""
+        """Calls one endpoint after the other, from `first` on, as long as `attempts` says."""
         self._check_size(payload)
-        failed: RpcError | None = None
         began = time.monotonic()
-        for endpoint in self._target.all(deadline, first):
-            if controller is not None:
-                controller._peer = endpoint.address
+        while True:
+            endpoint = attempts.next(self._target.all(attempts.deadline, first))
+            first, old = None, endpoint is not None and endpoint.link is not None
             try:
-                return self._call_endpoint(endpoint, payload, deadline, began, controller)
+                if endpoint is None:
+                    raise self._nobody(attempts)
+                return self._call_endpoint(endpoint, payload, attempts, began, controller)
             except RpcError as error:
-                if not self._may_retry(error):
-                    raise
-                self._target.failed(endpoint)
-                failed = error
-        raise failed or Unavailable(f"{self._method.full_name}: {self._target.nobody()}", not_run=True)
+                if self._wait_to_retry(attempts, endpoint, error, controller, old=old):
+                    began = time.monotonic()
+
+    def _wait_to_retry(
+        self,
+        attempts: Attempts[Subchannel],
+        endpoint: Subchannel | None,
+        error: RpcError,
+        controller: MprpcController | None,
+        *,
+        old: bool,
+    ) -> int:
+        """How many nanoseconds it has waited until the next attempt. Raises what the call has failed with."""
+        pause = self._after(attempts, endpoint, error, old=old)
+        if pause is None:
+            raise attempts.problem or error
+        if pause and controller is not None and isinstance(controller._stop, Cancellation):
+            controller._stop.pause(pause / _NS)
+        elif pause:
+            time.sleep(pause / _NS)
+        return pause
+
+    def _after(
+        self, attempts: Attempts[Subchannel], endpoint: Subchannel | None, error: RpcError, *, old: bool
+    ) -> int | None:
+        """Nanoseconds until the next attempt; None when the call has failed with `attempts.problem`."""
+        attempts.problem = error
+        if self._channel._closed:
+            return None
+        calls, self._calls = self._calls, 0
+        self._channel._budget.called(calls)
+        pause = attempts.after(error, endpoint, self._target.known(), time.monotonic_ns(), old=old)
+        if pause is not None and endpoint is not None and not old and isinstance(error, Unavailable):
+            self._target.failed(endpoint)
+        return pause
+
+    def _nobody(self, attempts: Attempts[Subchannel]) -> RpcError:
+        text = f"{self._method.full_name}: {self._target.nobody()}"
+        return attempts.problem or Unavailable(text, not_run=True)
 
     def _check_size(self, payload: bytes) -> None:
         if len(payload) > self._max_payload:
             text = f"{self._method.full_name}: the request has {len(payload)} bytes, max_payload allows"
             raise ResourceExhausted(f"{text} {self._max_payload}", not_run=True)
 
-    def _may_retry(self, error: RpcError) -> bool:
-        """Whether the same call may go to another endpoint: it never ran there, or may run twice."""
-        if isinstance(error, Unavailable):
-            return error.not_run or self._idempotent
-        return error.not_run and error.status in (Status.RESOURCE_EXHAUSTED, Status.UNIMPLEMENTED)
-
     def _call_endpoint(
-        self, endpoint: Subchannel, payload: bytes, deadline: int, began: float, controller: MprpcController | None
+        self,
+        endpoint: Subchannel,
+        payload: bytes,
+        attempts: Attempts[Subchannel],
+        began: float,
+        controller: MprpcController | None,
     ) -> Response:
-        stop: Cancellation | None = None if controller is None else controller._stop  # type: ignore[assignment]
+        stop: Cancellation | None = None
+        if controller is not None:
+            controller._peer = endpoint.address
+            stop = controller._stop  # type: ignore[assignment]  # a Cancellation here
         if stop is not None and stop.wanted:
             raise self._cancelled(not_run=True)
         if endpoint.classic:
-            return self._call_classic(endpoint, payload, deadline)
-        used = endpoint.link
-        link = used if used is not None else endpoint.connect(deadline, began)
-        try:
-            return self._call_link(endpoint, link, payload, deadline, stop)
-        except Unavailable as error:
-            if used is None or not self._may_retry(error):
-                raise
-        # The connection was an old one, which may have ended since its last call: that says nothing of the endpoint.
-        return self._call_link(endpoint, endpoint.connect(deadline, began), payload, deadline, stop)
-
-    def _call_link(
-        self, endpoint: Subchannel, link: Any, payload: bytes, deadline: int, stop: Cancellation | None
-    ) -> Response:
-        left = deadline - time.monotonic_ns()
+            now = time.monotonic_ns()
+            return self._call_classic(endpoint, payload, now + attempts.timeout(now))
+        link = endpoint.link
+        if link is None:
+            link = endpoint.connect(attempts.deadline, began)
+        left = attempts.timeout(time.monotonic_ns())
         if left <= 0:
-            raise DeadlineExceeded(f"{self._method.full_name}: the deadline passed before it was sent", not_run=True)
+            raise self._out_of_time()
         slot = _slots.pop() if _slots else _new_slot()
         cancelled = _NEVER if stop is None else stop.on(link)
         try:
             size = lib.mprpc_link_call(
-                link, slot[0], self._names, self._names_size, payload, len(payload), left, 0, cancelled
+                link, slot[0], self._names, self._names_size, payload, len(payload), left, attempts.number, cancelled
             )
         except BaseException:
             lib.mprpc_link_forget(link, slot[0])
             raise
         return self._finish(endpoint, link, slot, size)
+
+    def _out_of_time(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self._method.full_name}: the deadline passed before it was sent", not_run=True)
 
     def _finish(self, endpoint: Subchannel, link: Any, slot: tuple[Any, Any], size: int) -> Response:
         """The response, or what the call failed with; the slot is free again after."""
@@ -338,6 +435,30 @@ class UnaryCall(Generic[Request, Response]):
                 " an empty answer is a response)"
             )
         return self._parsed(answer)
+
+
+def policy_of(config: MprpcConfig, method: MethodDescriptor) -> Policy:
+    return Policy(
+        method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN,
+        config.retries,
+        config.retry_backoff,
+        config.retry_backoff_max,
+        config.attempt_timeout,
+    )
+
+
+def changed_policy(
+    policy: Policy, idempotent: bool | None, retries: int | None, attempt_timeout: float | None
+) -> Policy:
+    if retries is not None and retries < 0:
+        raise ValueError(f"retries={retries}: give 0 or more")
+    if attempt_timeout is not None and not attempt_timeout >= 0.0:
+        raise ValueError(f"attempt_timeout={attempt_timeout}: give seconds, or 0 for the call's own")
+    return policy._replace(
+        idempotent=policy.idempotent if idempotent is None else idempotent,
+        retries=policy.retries if retries is None else retries,
+        attempt_timeout=policy.attempt_timeout if attempt_timeout is None else attempt_timeout,
+    )
 
 
 def _failure(status: int, not_run: int, words: bytes, text_size: int) -> RpcError:
