@@ -486,6 +486,8 @@ class _Reader:
                 error = raised
             if error is not None:
                 future._end(None, error)
+                if not self._in_flight():
+                    lib.mprpc_mailbox_wake(self._box.handle)  # it would wait until the deadline of what was queued
         self._ours.discard(threading.get_ident())
 
     def _next_queued(self) -> CallFuture[Any] | None:

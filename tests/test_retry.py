@@ -1,12 +1,20 @@
-"""What a call may still try: the decider by itself, with a clock and chance of the test's."""
+"""What a call may still try: the decider by itself, with a clock and chance of the test's, then through all faces."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+import held
+import services
+import wire
+from mprpc import AsyncMprpcChannel, MprpcChannel, MprpcConfig, MprpcController
 from mprpc.errors import DeadlineExceeded, Internal, ResourceExhausted, RpcError, Status, Unavailable, Unimplemented
 from mprpc.retry import Attempts, Budget, Policy
 
@@ -177,7 +185,9 @@ def test_retries_stay_within_the_budget(seed: int) -> None:
             now += chance.randint(0, S // 100)
             pause = call.after(error, endpoint, endpoints, now, old=chance.random() < 0.2)
             if pause is None:
-                assert call.problem is error
+                assert call.problem is not None
+                assert call.problem.status is error.status
+                assert call.problem.not_run is (error.not_run and ran == 0)
                 break
             assert now + pause < call.deadline
             assert ran == 0 or policy.idempotent  # nothing else runs twice
@@ -186,3 +196,207 @@ def test_retries_stay_within_the_budget(seed: int) -> None:
             assert free <= 3 * (2 * len(endpoints) + 1)
             now += pause
     assert tokens.taken <= calls * share + now / S * rate + 10 * max(rate, 1.0)
+
+
+# ---- through the faces ----
+
+ANSWER = services.accept(services.REQUEST, None)
+Face = Callable[..., Any]
+
+
+def config_for(address: str, **keys: Any) -> MprpcConfig:
+    host, _, port = address.rpartition(":")
+    return MprpcConfig(rpcserverip=host, rpcserverport=int(port), **({"retry_backoff": 0.001} | keys))
+
+
+def block(config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, **options: Any) -> list[Any]:
+    """Each call's response, or the error that it raised."""
+    with MprpcChannel(config) as channel:
+        login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(**options)
+        return [outcome(lambda: login(services.REQUEST, timeout=timeout)) for _ in range(calls)]
+
+
+def submit(config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, **options: Any) -> list[Any]:
+    with MprpcChannel(config) as channel:
+        login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(**options)
+        return [
+            outcome(lambda: login.future(services.REQUEST, timeout=timeout).result(wire.PATIENCE)) for _ in range(calls)
+        ]
+
+
+def wait(config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, **options: Any) -> list[Any]:
+    async def run() -> list[Any]:
+        async with AsyncMprpcChannel(config) as channel:
+            login = services.user_mprpc.UserServiceRpc_AsyncStub(channel).Login.with_options(**options)
+            ended = []
+            for _ in range(calls):
+                try:
+                    ended.append(await login(services.REQUEST, timeout=timeout))
+                except RpcError as error:
+                    ended.append(error)
+            return ended
+
+    return asyncio.run(run())
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except RpcError as error:
+        return error
+
+
+faces = pytest.mark.parametrize("face", [block, submit, wait], ids=["blocking", "future", "asyncio"])
+
+
+class Script:
+    """Scripts of a FakeProvider's connections, and the attempt numbers that they saw."""
+
+    def __init__(self) -> None:
+        self.attempts: list[int] = []
+
+    def take(self, peer: wire.Peer) -> Any:
+        header, _ = peer.frame()
+        self.attempts.append(header.attempt)
+        return header
+
+    def lose(self, peer: wire.Peer) -> None:
+        """Takes a request and ends the connection."""
+        self.take(peer)
+
+    def answer(self, peer: wire.Peer) -> None:
+        peer.send(wire.response(self.take(peer).call_id, ANSWER.SerializeToString()))
+        peer.rest()
+
+    def refuse(self, times: int) -> Callable[[wire.Peer], None]:
+        """Says so often that it is full, then answers."""
+
+        def run(peer: wire.Peer) -> None:
+            for _ in range(times):
+                peer.send(wire.response(self.take(peer).call_id, status=Status.RESOURCE_EXHAUSTED, not_run=True))
+            self.answer(peer)
+
+        return run
+
+    def refuse_all(self, peer: wire.Peer) -> None:
+        with contextlib.suppress(EOFError):
+            self.refuse(1 << 30)(peer)
+
+
+@faces
+def test_an_idempotent_call_goes_on_when_its_connection_ends(face: Face) -> None:
+    script = Script()
+    with wire.FakeProvider(script.lose, script.lose, script.answer) as provider:
+        assert face(config_for(provider.address), idempotent=True) == [ANSWER]
+    assert script.attempts == [0, 1, 2]
+
+
+@faces
+def test_what_may_have_run_is_not_sent_again(face: Face) -> None:
+    script = Script()
+    with wire.FakeProvider(script.lose) as provider:
+        (error,) = face(config_for(provider.address))
+    assert (error.status, error.not_run) == (Status.UNAVAILABLE, False)
+    assert script.attempts == [0]
+
+
+@faces
+def test_retries_can_be_switched_off(face: Face) -> None:
+    script = Script()
+    with wire.FakeProvider(script.lose) as provider:
+        (error,) = face(config_for(provider.address, retries=5), idempotent=True, retries=0)
+    assert error.status is Status.UNAVAILABLE
+    assert script.attempts == [0]
+
+
+@faces
+def test_a_full_provider_is_asked_again(face: Face) -> None:
+    """Whatever the method; and since nothing ran, the number stays."""
+    script = Script()
+    with wire.FakeProvider(script.refuse(3)) as provider:
+        assert face(config_for(provider.address)) == [ANSWER]
+    assert script.attempts == [0, 0, 0, 0]
+
+
+@faces
+def test_an_attempt_that_takes_too_long_is_repeated(face: Face) -> None:
+    script, timeouts = Script(), []
+
+    def run(peer: wire.Peer) -> None:
+        for _ in range(2):
+            timeouts.append(script.take(peer).timeout_ms)
+        script.answer(peer)
+
+    with wire.FakeProvider(run) as provider:
+        assert face(config_for(provider.address, attempt_timeout=0.1), idempotent=True) == [ANSWER]
+    assert script.attempts == [0, 1, 2]
+    assert all(0 < each <= 100 for each in timeouts)
+
+
+@faces
+def test_the_deadline_is_the_calls_not_the_attempts(face: Face) -> None:
+    script = Script()
+
+    def run(peer: wire.Peer) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                script.take(peer)
+
+    with wire.FakeProvider(run) as provider:
+        began = time.monotonic()
+        (error,) = face(config_for(provider.address, attempt_timeout=0.05, retries=100), timeout=0.4, idempotent=True)
+        assert 0.3 <= time.monotonic() - began <= wire.PATIENCE / 2
+    assert error.status is Status.DEADLINE_EXCEEDED
+    assert 2 <= len(script.attempts) <= 9
+    assert script.attempts == list(range(len(script.attempts)))
+
+
+@faces
+def test_a_call_that_may_have_run_never_says_not_run(face: Face) -> None:
+    script = Script()
+    with wire.FakeProvider(script.lose, script.refuse_all) as provider:
+        (error,) = face(config_for(provider.address), idempotent=True, retries=1)
+    assert (error.status, error.not_run) == (Status.RESOURCE_EXHAUSTED, False)
+
+
+@faces
+def test_a_channel_keeps_its_budget(face: Face) -> None:
+    script = Script()
+    with wire.FakeProvider(script.refuse_all) as provider:
+        ended = face(config_for(provider.address, retry_share=0.5, retry_rate=0.0), calls=40)
+    assert {each.status for each in ended} == {Status.RESOURCE_EXHAUSTED}
+    assert 40 < len(script.attempts) <= 40 + 10 + 40 * 0.5
+
+
+@faces
+def test_a_dead_address_is_tried_again(face: Face) -> None:
+    """Something may listen there by then."""
+    with held.dead() as address:
+        began = time.monotonic()
+        (error,) = face(config_for(address, retry_backoff=0.1, retry_backoff_max=0.1))
+        assert time.monotonic() - began <= wire.PATIENCE / 2
+    assert (error.status, error.not_run) == (Status.UNAVAILABLE, True)
+
+
+def test_a_pause_ends_when_the_call_is_cancelled() -> None:
+    controller = MprpcController()
+
+    def refuse(peer: wire.Peer) -> None:
+        peer.send(wire.response(peer.frame()[0].call_id, status=Status.RESOURCE_EXHAUSTED, not_run=True))
+        controller.start_cancel()
+        peer.rest()
+
+    with wire.FakeProvider(refuse) as provider:
+        config = config_for(provider.address, retry_backoff=3600.0, retry_backoff_max=3600.0)
+        with MprpcChannel(config) as channel:
+            users = services.user_mprpc.UserServiceRpc_Stub(channel)
+            users.Login(services.REQUEST, controller=controller, timeout=86400.0)
+    assert controller.status is Status.CANCELLED
+
+
+def test_options_are_checked() -> None:
+    with services.calling("127.0.0.1:1") as users:
+        with pytest.raises(ValueError, match="retries=-1"):
+            users.Login.with_options(retries=-1)
+        with pytest.raises(ValueError, match="attempt_timeout=nan"):
+            users.Login.with_options(attempt_timeout=float("nan"))
