@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mprpc.channel import MprpcChannel, stub
 from mprpc.config import MprpcConfig, init
+from mprpc.context import inherit
 from mprpc.controller import MprpcController
 from mprpc.errors import (
     Aborted,
@@ -70,6 +71,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "inherit",
     "init",
     "stub",
 ]

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mprpc import context
 from mprpc.errors import Cancelled, DeadlineExceeded, Unavailable
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Coroutines:
             self._start(self._arrived.popleft())
 
     def _start(self, work: _Work) -> None:
-        task = self._loop.create_task(_outcome(work.awaitable))
+        task = self._loop.create_task(_outcome(work.awaitable, work.controller))
         self._running += 1
         left = work.controller.time_remaining()
         timer = None if left is None else self._loop.call_later(left, task.cancel)
@@ -138,7 +139,8 @@ class Coroutines:
         return asyncio.CancelledError()
 
 
-async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+async def _outcome(awaitable: Awaitable[Any], controller: MprpcController) -> tuple[Any, BaseException | None]:
+    context.enter(controller)
     try:
         return await awaitable, None
     except asyncio.CancelledError:
