@@ -83,8 +83,10 @@ class AsyncMprpcChannel:
             if loop is asyncio.get_running_loop():
                 hub.close()
             else:
-                with contextlib.suppress(RuntimeError):  # that loop has ended
+                try:
                     loop.call_soon_threadsafe(hub.close)
+                except RuntimeError:  # that loop has ended
+                    hub.cut()
         await asyncio.get_running_loop().run_in_executor(None, self._channel.close)
 
     async def __aenter__(self) -> AsyncMprpcChannel:
@@ -629,6 +631,11 @@ class _Hub:
             self._loop.remove_writer(link.descriptor)
             if link.timer is not None:
                 link.timer.cancel()
+
+    def cut(self) -> None:
+        """Any thread, once the event loop has ended: its connections would stay until Python's cycle collector comes."""
+        for link in list(self._all):
+            lib.mprpc_link_close(link.handle)
 
     def close(self) -> None:
         self._closed = True
