@@ -633,7 +633,7 @@ class _Hub:
                 link.timer.cancel()
 
     def cut(self) -> None:
-        """Any thread, once the event loop has ended: its connections would stay until Python's cycle collector comes."""
+        """Any thread, once the event loop has ended: else only the cycle collector ends its connections."""
         for link in list(self._all):
             lib.mprpc_link_close(link.handle)
 
