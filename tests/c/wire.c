@@ -35,6 +35,10 @@ static void *serve(void *loop)
     MUST(replies != NULL);
     while ((told = mprpc_loop_turn(l, replies, size, sizes, count)) >= 0) {
         const struct mprpc_record *records = mprpc_loop_records(l);
+        struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
+        uint64_t more;
+        if (told & MPRPC_TURN_SLOW)
+            mprpc_loop_incidents(l, incidents, &more); /* one too many was refused; a loop with news does not stop */
         size = 0;
         count = (size_t)(told & MPRPC_TURN_COUNT);
         for (size_t i = 0; i < count; i++) {
