@@ -16,7 +16,6 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from mprpc import unary_call
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import ConfigError, RpcError, Unavailable
@@ -262,7 +261,6 @@ _channels: weakref.WeakSet[MprpcChannel] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    unary_call.forget_forked()
     for channel in list(_channels):
         channel._forget_forked()
 

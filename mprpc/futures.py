@@ -266,12 +266,12 @@ class _Reader:
         """Gives the call to a connection. None, or why that does not take it."""
         call, payload = future._call, future._payload
         if endpoint.mailed is not link:
-            lib.mprpc_link_attach(link, self._box.handle, False)
+            lib.mprpc_link_attach(link.handle, self._box.handle, False)
             endpoint.mailed = link
         token = future._token = next(self._tokens)
         self._pending[token] = future
         identity = lib.mprpc_link_submit(
-            link, token, call._names, call._names_size, payload, len(payload), timeout, attempt, True, ffi.NULL
+            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, attempt, True, ffi.NULL
         )
         if identity > 0:
             future._at = link, identity
@@ -281,14 +281,14 @@ class _Reader:
                 self.forget(future)
             return None
         self._pending.pop(token, None)
-        return call._broken(endpoint, link, identity, lib.mprpc_link_check(link), 0)
+        return call._broken(endpoint, link, identity, lib.mprpc_link_check(link.handle), 0)
 
     def forget(self, future: CallFuture[Any]) -> None:
         """A cancelled call ends as no mail."""
         at = future._at
         if at is not None:
             future._at = None
-            lib.mprpc_link_cancel(*at)
+            lib.mprpc_link_cancel(at[0].handle, at[1])
         self._pending.pop(future._token, None)
         self._queued.pop(future._token, None)
         self._paused.pop(future._token, None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mprpc._native import ffi, lib
 from mprpc.errors import Unavailable
+from mprpc.fast import native
 
 if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
@@ -43,7 +44,9 @@ class Subchannel:
         self.classic = classic
         self.mailed: Any = None  # the link that takes futures
         self.measure: Any = _new_measure()  # a struct mprpc_load, which links to this endpoint are given
-        self.link: Any = None  # read without the lock: a link that ended says so when it is used
+        self.link: Any = (
+            None  # a native.Link, read without the lock, by C too: a link that ended says so when it is used
+        )
         self._config = config
         self._lock = threading.Lock()
         self._closed = False
@@ -83,9 +86,7 @@ class Subchannel:
             if self.link is None:
                 if self._failed_at >= since:
                     raise self._unreachable("another call could not reach it either")
-                link = self._reach(deadline)
-                lib.mprpc_link_measure(link, self.measure)
-                self.link = link
+                self.link = self._reach(deadline)
             return self.link
         finally:
             self._lock.release()
@@ -99,7 +100,8 @@ class Subchannel:
             self.rest()
             raise
         self.reached()
-        return link
+        lib.mprpc_link_measure(link, self.measure)
+        return native.Link(link, int(ffi.cast("uintptr_t", link)))
 
     def _link(self, deadline: int) -> Any:
         if self.address.startswith("memory:"):
@@ -169,7 +171,7 @@ class Subchannel:
             self._closed = True
             link, self.link = self.link, None
         if link is not None:
-            lib.mprpc_link_close(link)
+            lib.mprpc_link_close(link.handle)
 
 
 def new_link(descriptor: int, config: MprpcConfig) -> Any:

@@ -1,9 +1,9 @@
 """A unary call: one method of one channel, callable.
 
-It serializes the request and gives it to a subchannel's connection; C sends, waits and receives in one call without
-the interpreter's lock (`_channel.c`). What a call that failed may still try is said by `retry.py`, what one that a
-handler makes inherits by `context.py`. A timeout becomes a deadline when the call starts; finding a provider,
-connecting, sending, waiting and retries all draw on it.
+A plain call, with a connection that is there and a response, is one call into C (`_call.c`), which serializes, sends,
+waits and receives without the interpreter's lock, and parses; what is not plain comes here. What a call that failed may
+still try is said by `retry.py`, what one that a handler makes inherits by `context.py`. A timeout becomes a deadline
+when the call starts; finding a provider, connecting, sending, waiting and retries all draw on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from mprpc.errors import (
     RpcError,
     Unavailable,
 )
+from mprpc.fast import native
 from mprpc.retry import Attempts, Policy
+from mprpc.target import Fixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,35 +49,33 @@ Response = TypeVar("Response", bound=Message)
 
 _NS = 1_000_000_000
 _LONGEST = 1e9  # seconds; a longer timeout, such as infinity, means this one
-_SMALL = lib.MPRPC_CALL_SMALL
-_NEVER = ffi.NULL  # what can't be cancelled
 _IDEMPOTENCY_UNKNOWN = 0  # google.protobuf.MethodOptions.IdempotencyLevel
 _CLASSIC_CHUNK = 65536  # bytes of a classic response taken at once
 
 _start_future: Any = None  # of mprpc.futures, which is imported when it is used
 
-# Calls' state in C, used again and again; as many as there were calls at the same time.
-_slots: list[tuple[Any, Any]] = []
+if TYPE_CHECKING:
 
+    class _Call:  # of _call.c
+        _plain: bool  # whether C may make calls without asking here
+        _calls: int  # C adds the plain ones
 
-def _new_slot() -> tuple[Any, Any]:
-    call = ffi.gc(ffi.new("struct mprpc_call *"), lib.mprpc_call_clear)
-    room = ffi.buffer(ffi.new("uint8_t[]", _SMALL), _SMALL)
-    call.small = ffi.from_buffer(room)
-    return call, room
+        def __init__(self, *arguments: object) -> None: ...
 
+        def _send(
+            self, endpoint: Subchannel, link: Any, payload: bytes, timeout: int, attempt: int, flag: int
+        ) -> Any: ...
 
-def forget_forked() -> None:
-    """In a forked child: a thread of the parent may have been taking one."""
-    _slots.clear()
+else:
+    _Call = native.Call
 
 
 class Cancellation:
     """Ends one blocking call from any thread."""
 
     def __init__(self) -> None:
-        self.flag = ffi.new("struct mprpc_flag *")
-        self.link: Any = ffi.NULL
+        self._flag = ffi.new("struct mprpc_flag *")
+        self._link: Any = None
         self.wanted = False
         self._awake: threading.Event | None = None
 
@@ -83,13 +83,15 @@ class Cancellation:
         self.wanted = True
         if self._awake is not None:
             self._awake.set()
-        lib.mprpc_link_cancel_call(ffi.NULL, self.flag)  # first the flag, then a look at who did not see it any more
-        lib.mprpc_link_cancel_call(self.link, self.flag)
+        lib.mprpc_link_cancel_call(ffi.NULL, self._flag)  # first the flag, then a look at who did not see it any more
+        link = self._link
+        if link is not None:
+            lib.mprpc_link_cancel_call(link.handle, self._flag)
 
-    def on(self, link: Any) -> Any:
-        """The call goes to that link next; the flag that it takes there."""
-        self.link = link
-        return self.flag
+    def on(self, link: Any) -> int:
+        """The call goes to that link next; where the flag is that it takes there."""
+        self._link = link
+        return int(ffi.cast("uintptr_t", self._flag))
 
     def pause(self, seconds: float) -> None:
         """Sleeps, unless the call is cancelled."""
@@ -99,7 +101,7 @@ class Cancellation:
         self._awake = None
 
 
-class UnaryCall(Generic[Request, Response]):
+class UnaryCall(_Call, Generic[Request, Response]):
     """One method, callable: `stub.Login(request, timeout=1.0)`. Any thread, any number at once.
 
     Returns the response or raises `RpcError`. With a controller it never raises for the call's sake: it returns an
@@ -125,12 +127,28 @@ class UnaryCall(Generic[Request, Response]):
         self._max_payload = channel._config.max_payload
         self._policy = policy_of(channel._config, method) if policy is None else policy
         self._hurries = self._policy.idempotent and self._policy.attempt_timeout > 0.0
-        self._target = channel._target(method)
+        target = self._target = channel._target(method)
+        super().__init__(
+            self._request_class,
+            response_class,
+            self._names,
+            self._timeout_ns,
+            self._max_payload,
+            *((None, target.next()) if isinstance(target, Fixed) else (target.next, None)),
+        )
+        self._plain = not self._hurries
         self._calls = 0  # since the last one that had to ask for a retry
 
-    def __call__(
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
+        ) -> Response: ...
+
+    def _general(
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
     ) -> Response:
+        """A call that is not plain, or not known to be."""
         if controller is not None:
             return self._controlled(request, timeout, controller)
         if context.handled() is not None:
@@ -193,8 +211,6 @@ class UnaryCall(Generic[Request, Response]):
                 outer._forget_on_cancel(stop)
             controller._end(failed)
 
-    # ---- the hot path ----
-
     def _prepare(self, request: Message, timeout: float | None) -> tuple[bytes, int]:
         """The request's bytes and the call's nanoseconds."""
         if type(request) is not self._request_class:
@@ -213,37 +229,34 @@ class UnaryCall(Generic[Request, Response]):
             settled = controller is not None and controller._settled
             attempts = self._attempts(time.monotonic_ns() + nanoseconds, settled=settled)
             return self._go_round(payload, attempts, controller, endpoint)
-        cancelled = _NEVER
+        flag = 0
         if controller is not None:
             controller._peer = endpoint.address
-            cancelled = controller._stop.on(link)  # type: ignore[union-attr]  # a Cancellation here
+            flag = controller._stop.on(link)  # type: ignore[union-attr]  # a Cancellation here
+        deadline = time.monotonic_ns() + nanoseconds
         try:
-            slot = _slots.pop()
-        except IndexError:
-            slot = _new_slot()
-        call = slot[0]
-        try:
-            size = lib.mprpc_link_call(
-                link, call, self._names, self._names_size, payload, len(payload), nanoseconds, 0, cancelled
-            )
-            if 0 <= size <= _SMALL:
-                data = slot[1][:size]
-                _slots.append(slot)
-                return self._parse(data)
-        except DecodeError:
-            raise self._bad_response() from None
-        except BaseException:
-            lib.mprpc_link_forget(link, call)
-            raise
-        deadline = call.deadline  # the first attempt's, before another call takes the slot
-        try:
-            return self._finish(endpoint, link, slot, size)
+            response: Response = self._send(endpoint, link, payload, nanoseconds, 0, flag)
+            return response
         except RpcError as error:
             attempts = self._attempts(deadline, settled=controller is not None and controller._settled)
             self._wait_to_retry(attempts, endpoint, error, controller, old=True)
         return self._go_round(payload, attempts, controller)
 
-    # ---- what is not a plain response from a connection that was there ----
+    # ---- what C asks for ----
+
+    def _connect_and_call(self, request: Request, timeout: float | None, endpoint: Subchannel | None) -> Response:
+        """A plain call whose endpoint, whose turn it was, has no connection."""
+        payload, nanoseconds = self._prepare(request, timeout)
+        attempts = self._attempts(time.monotonic_ns() + nanoseconds, settled=False)
+        return self._go_round(payload, attempts, None, endpoint)
+
+    def _failed(self, error: RpcError, endpoint: Subchannel, payload: bytes, deadline: int) -> Response:
+        """A plain call came to that."""
+        attempts = self._attempts(deadline, settled=False)
+        self._wait_to_retry(attempts, endpoint, error, None, old=True)
+        return self._go_round(payload, attempts, None)
+
+    # ---- what is not plain ----
 
     def _attempts(self, deadline: int, *, settled: bool) -> Attempts[Subchannel]:
         """For a call that is not plain any more."""
@@ -337,41 +350,16 @@ class UnaryCall(Generic[Request, Response]):
         left = attempts.timeout(time.monotonic_ns())
         if left <= 0:
             raise self._out_of_time()
-        slot = _slots.pop() if _slots else _new_slot()
-        cancelled = _NEVER if stop is None else stop.on(link)
-        try:
-            size = lib.mprpc_link_call(
-                link, slot[0], self._names, self._names_size, payload, len(payload), left, attempts.number, cancelled
-            )
-        except BaseException:
-            lib.mprpc_link_forget(link, slot[0])
-            raise
-        return self._finish(endpoint, link, slot, size)
+        flag = 0 if stop is None else stop.on(link)
+        response: Response = self._send(endpoint, link, payload, left, attempts.number, flag)
+        return response
 
     def _out_of_time(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self._method.full_name}: the deadline passed before it was sent", not_run=True)
 
-    def _finish(self, endpoint: Subchannel, link: Any, slot: tuple[Any, Any], size: int) -> Response:
-        """The response, or what the call failed with; the slot is free again after."""
-        call, small = slot
-        try:
-            while size == lib.MPRPC_CALL_INTERRUPTED:  # Python has run the signal's handler, which did not raise
-                size = lib.mprpc_link_wait(link, call)
-        except BaseException:
-            lib.mprpc_link_forget(link, call)
-            raise
-        if size >= 0:
-            data = bytes(ffi.buffer(call.large, size)) if size > _SMALL else small[:size]
-            error = None
-        else:
-            error = self._error(endpoint, link, call, size)
-        lib.mprpc_call_clear(call)
-        _slots.append(slot)
-        if error is not None:
-            raise error
-        return self._parsed(data)
-
-    def _error(self, endpoint: Subchannel, link: Any, call: Any, outcome: int) -> RpcError:
+    def _error(self, endpoint: Subchannel, link: Any, at: int, outcome: int) -> RpcError:
+        """What an attempt failed with; at: its struct mprpc_call, until this returns."""
+        call = ffi.cast("struct mprpc_call *", at)
         if outcome == lib.MPRPC_CALL_FAILED:
             words = bytes(ffi.buffer(call.words, call.text_size + call.details_size)) if call.words else b""
             return _failure(call.status, call.not_run, words, call.text_size)

@@ -178,9 +178,6 @@ def test_the_answer_and_a_cancelling_at_the_same_time_end_the_call_once(provider
 
 
 def test_a_handler_knows_which_attempt_it_serves(held: Held) -> None:
-    from mprpc._native import ffi, lib
-    from mprpc.unary_call import _new_slot, names_on_wire
-
     seen: list[int] = []
 
     def login(request: object, controller: MprpcController) -> object:
@@ -188,10 +185,9 @@ def test_a_handler_knows_which_attempt_it_serves(held: Held) -> None:
         return services.accept(request, controller)
 
     with services.serving(login) as provider, MprpcChannel(provider.address) as channel:
-        link = channel._fixed().connect(time.monotonic_ns() + int(wire.PATIENCE * 1e9))
-        names, payload = names_on_wire("fixbug.UserServiceRpc", "Login"), REQUEST.SerializeToString()
+        endpoint = channel._fixed()
+        link = endpoint.connect(time.monotonic_ns() + int(wire.PATIENCE * 1e9))
+        call = user_mprpc.UserServiceRpc_Stub(channel).Login
         for attempt in (0, 1, 7):
-            call, _ = _new_slot()
-            arguments = (link, call, names, len(names), payload, len(payload), 10**10, attempt, ffi.NULL)
-            assert lib.mprpc_link_call(*arguments) >= 0
+            assert call._send(endpoint, link, REQUEST.SerializeToString(), 10**10, attempt, 0).success
     assert seen == [0, 1, 7]

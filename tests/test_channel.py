@@ -1110,10 +1110,10 @@ def test_a_retry_keeps_the_first_attempts_deadline() -> None:
         assert users.Login(REQUEST) == ANSWER
         call, seen = users.Login, []
         endpoint = call._target.next()
-        lib.mprpc_link_close(endpoint.link)
+        lib.mprpc_link_close(endpoint.link.handle)
         call._go_round = lambda payload, deadline, controller: seen.append(deadline) or ANSWER
-        finish, ended = call._finish, []
-        call._finish = lambda *arguments: ended.append(time.monotonic_ns()) or finish(*arguments)
+        error_of, ended = call._error, []
+        call._error = lambda *arguments: ended.append(time.monotonic_ns()) or error_of(*arguments)
         before = time.monotonic_ns()
         assert call(REQUEST, timeout=2.0) == ANSWER
         assert before + 2e9 <= seen[0].deadline <= ended[0] + 2e9
