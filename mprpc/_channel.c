@@ -530,14 +530,26 @@ int64_t mprpc_link_call(struct mprpc_link *k, struct mprpc_call *c, const uint8_
     return id;
 }
 
+/* A signal handler has forked, and this is the child: the call is the parent's. */
+static int64_t disowned(struct mprpc_call *c, int sent)
+{
+    c->reason = MPRPC_LINK_CLOSED;
+    c->sent = (uint8_t)sent;
+    return MPRPC_CALL_BROKEN;
+}
+
 int64_t mprpc_link_wait(struct mprpc_link *k, struct mprpc_call *c)
 {
+    if (mprpc_link_parents(k))
+        return disowned(c, 1);
     pthread_mutex_lock(&k->mutex);
     return await(k, c, mprpc_clock());
 }
 
 void mprpc_link_forget(struct mprpc_link *k, struct mprpc_call *c)
 {
+    if (mprpc_link_parents(k))
+        return;
     pthread_mutex_lock(&k->mutex);
     if (c->pending) {
         k->now = mprpc_clock();
@@ -562,7 +574,7 @@ int mprpc_link_cancel_call(struct mprpc_link *k, struct mprpc_flag *cancelled)
     struct mprpc_call *c = NULL;
 
     atomic_store(&cancelled->set, 1u);
-    if (!k)
+    if (!k || mprpc_link_parents(k))
         return 0;
     pthread_mutex_lock(&k->mutex);
     for (c = k->first; c && c->cancelled != cancelled; c = c->after)
@@ -604,7 +616,9 @@ static struct mprpc_link *link_new(int fd, struct mprpc_wire *wire, uint32_t pay
     k->wire = wire;
     k->used = k->now = k->heard = mprpc_clock();
     k->expiry = UINT64_MAX;
-    k->pid = getpid();
+    k->born = mprpc_forks;
+    if (!wire)
+        mprpc_descriptor_keep(fd);
     mprpc_keeper_add(k);
     return k;
 }
@@ -636,6 +650,8 @@ void mprpc_link_limit(struct mprpc_link *k, uint64_t time, uint64_t timeout, siz
 
 void mprpc_link_close(struct mprpc_link *k)
 {
+    if (mprpc_link_parents(k))
+        return;
     pthread_mutex_lock(&k->mutex);
     mprpc_link_die(k, MPRPC_LINK_CLOSED);
     pthread_mutex_unlock(&k->mutex);
@@ -643,6 +659,8 @@ void mprpc_link_close(struct mprpc_link *k)
 
 int64_t mprpc_link_check(struct mprpc_link *k)
 {
+    if (mprpc_link_parents(k))
+        return MPRPC_LINK_CLOSED;
     pthread_mutex_lock(&k->mutex);
     if (!k->dead && !k->reading)
         mprpc_link_look(k);
@@ -653,12 +671,14 @@ int64_t mprpc_link_check(struct mprpc_link *k)
 
 void mprpc_link_free(struct mprpc_link *k)
 {
+    if (mprpc_link_parents(k))
+        return;
     mprpc_mailbox_detach(k);
     mprpc_keeper_remove(k);
     if (k->wire)
         mprpc_wire_close(k->wire);
     else
-        close(k->fd);
+        mprpc_descriptor_close(k->fd);
     mprpc_session_free(&k->session);
     mprpc_bytes_free(&k->in);
     mprpc_bytes_free(&k->out);

@@ -172,12 +172,8 @@ static void keeper_start(void)
     pthread_attr_t attributes;
     pthread_t thread;
 
-    if (keeper.wake[0] < 0 && pipe(keeper.wake) < 0)
+    if (keeper.wake[0] < 0 && mprpc_descriptor_pipe(keeper.wake) < 0)
         return;
-    for (int end = 0; end < 2; end++) {
-        fcntl(keeper.wake[end], F_SETFD, FD_CLOEXEC);
-        fcntl(keeper.wake[end], F_SETFL, O_NONBLOCK);
-    }
     sigfillset(&all);
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -191,11 +187,7 @@ static void keeper_start(void)
 static void forked(void)
 {
     pthread_mutex_init(&keeper.mutex, NULL);
-    for (int i = 0; i < 2; i++) {
-        if (keeper.wake[i] >= 0)
-            close(keeper.wake[i]);
-        keeper.wake[i] = -1;
-    }
+    keeper.wake[0] = keeper.wake[1] = -1;
     keeper.first = NULL;
     keeper.running = 0;
 }
@@ -224,8 +216,6 @@ void mprpc_keeper_add(struct mprpc_link *k)
 
 void mprpc_keeper_remove(struct mprpc_link *k)
 {
-    if (k->pid != getpid())
-        return;
     pthread_mutex_lock(&keeper.mutex);
     *(k->kept.before ? &k->kept.before->kept.after : &keeper.first) = k->kept.after;
     if (k->kept.after)

@@ -7,6 +7,7 @@
 #include <sys/types.h>
 #include <time.h>
 
+#include "_fork.h"
 #include "_mailbox.h"
 #include "_wire.h"
 
@@ -34,7 +35,7 @@ struct mprpc_link {
     struct mprpc_mailbox *box; /* constant once attached */
     struct mprpc_load *load;  /* where its calls are counted, or NULL */
     uint64_t now;             /* when something last came, or else the calls that end now end */
-    pid_t pid;                /* the process that made it */
+    unsigned born;            /* mprpc_forks then */
     struct { /* under the mutex of the one who has the list */
         struct mprpc_link *before, *after;
         size_t polled; /* its place among what is polled, 0 for none */
@@ -43,6 +44,12 @@ struct mprpc_link {
     pthread_cond_t changed;
 #endif
 };
+
+/* Whether this is a forked child and the connection its parent's, of which a thread may have been anywhere. */
+static inline int mprpc_link_parents(const struct mprpc_link *k)
+{
+    return k->born != mprpc_forks;
+}
 
 static inline uint64_t mprpc_clock(void)
 {

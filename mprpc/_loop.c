@@ -6,6 +6,8 @@
 #define _GNU_SOURCE
 #include "_loop.h"
 
+#include "_fork.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -185,6 +187,7 @@ struct task { /* from another thread */
 };
 
 struct mprpc_loop {
+    unsigned born; /* mprpc_forks then */
     struct poller poller;
     const struct mprpc_services *services;
     struct mprpc_limits limits;
@@ -234,6 +237,12 @@ struct mprpc_loop {
 };
 
 enum { KEY_WAKE = UINT32_MAX, KEY_LISTENER = UINT32_MAX - 1, KEY_SHARED = UINT32_MAX - 2 };
+
+/* Whether this is a forked child, in which nobody turns the loop and its descriptors are closed. */
+static int is_parents(const struct mprpc_loop *l)
+{
+    return l->born != mprpc_forks;
+}
 
 static uint64_t key_of(const struct connection *c)
 {
@@ -358,7 +367,7 @@ static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
     if (c->wire)
         mprpc_wire_close(c->wire);
     else
-        close(c->fd);
+        mprpc_descriptor_close(c->fd);
     l->connections[c->slot] = NULL;
     l->generations[c->slot]++;
     l->free_slots[l->free_count++] = c->slot;
@@ -545,7 +554,7 @@ static void answer(struct mprpc_loop *l, uint64_t key, struct mprpc_reply *r, co
 
 static struct request *still_open(struct mprpc_loop *l, uint32_t i)
 {
-    struct request *q = i < l->count && l->requests[i].open ? &l->requests[i] : NULL;
+    struct request *q = i < l->count && l->requests[i].open && !is_parents(l) ? &l->requests[i] : NULL;
 
     if (q)
         q->open = 0;
@@ -930,7 +939,7 @@ static void reset(int fd)
     struct linger abort = {1, 0};
 
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &abort, sizeof abort);
-    close(fd);
+    mprpc_descriptor_close(fd);
 }
 
 static void refuse(int fd, struct mprpc_wire *wire)
@@ -1035,12 +1044,19 @@ static void spread(struct mprpc_loop *l, int fd)
     post(to, t);
 }
 
+static void open_spare(struct mprpc_loop *l)
+{
+    l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (l->spare >= 0)
+        mprpc_descriptor_keep(l->spare);
+}
+
 /* Out of descriptors: give up the spare one for a moment, so that the caller hears a reset instead of nothing, and
  * the listener does not stay ready for ever (the way of muduo's Acceptor). */
 static void refuse_one(struct mprpc_loop *l, int listener)
 {
     if (l->spare >= 0)
-        close(l->spare);
+        mprpc_descriptor_close(l->spare);
     int fd = accept(listener, NULL, NULL);
     if (fd >= 0) {
         incident(l, fd, MPRPC_NO_DESCRIPTOR);
@@ -1048,7 +1064,7 @@ static void refuse_one(struct mprpc_loop *l, int listener)
     } else {
         usleep(1000); /* another thread was quicker to the descriptor: do not spin on a listener that stays ready */
     }
-    l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    open_spare(l);
 }
 
 static void accept_some(struct mprpc_loop *l, int listener, int most)
@@ -1064,6 +1080,7 @@ static void accept_some(struct mprpc_loop *l, int listener, int most)
         }
 #endif
         if (fd >= 0) {
+            mprpc_descriptor_keep(fd);
             spread(l, fd);
         } else if (errno == EMFILE || errno == ENFILE) {
             refuse_one(l, listener);
@@ -1116,7 +1133,7 @@ static void leave_shared(struct mprpc_loop *l)
         return;
     atomic_store(&l->crowd[l->crowd_mine], MPRPC_NOT_ACCEPTING);
     poller_remove(&l->poller, l->shared);
-    close(l->shared);
+    mprpc_descriptor_close(l->shared);
     l->shared = -1;
     l->yield_until = FOREVER;
 }
@@ -1127,7 +1144,7 @@ int mprpc_loop_answer(struct mprpc_loop *l, const struct mprpc_ticket *ticket, i
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size)
 {
-    struct task *t = malloc(sizeof *t + text_size + details_size + size);
+    struct task *t = is_parents(l) ? NULL : malloc(sizeof *t + text_size + details_size + size);
 
     if (!t)
         return -1;
@@ -1162,6 +1179,8 @@ int mprpc_loop_adopt(struct mprpc_loop *l, struct mprpc_wire *wire)
 
 void mprpc_loop_stop(struct mprpc_loop *l, uint64_t grace, uint64_t settle)
 {
+    if (is_parents(l))
+        return;
     pthread_mutex_lock(&l->mutex);
     if (grace < l->grace)
         l->grace = grace;
@@ -1193,7 +1212,7 @@ static void end_all(struct mprpc_loop *l)
     l->lingering.timeout = LINGER_STOP;
     if (l->listener >= 0) {
         poller_remove(&l->poller, l->listener);
-        close(l->listener);
+        mprpc_descriptor_close(l->listener);
         l->listener = -1;
     }
     for (uint32_t i = 0; i < l->room; i++) {
@@ -1340,7 +1359,7 @@ static void begin(struct mprpc_loop *l)
 static void close_if(int *fd)
 {
     if (*fd >= 0)
-        close(*fd);
+        mprpc_descriptor_close(*fd);
     *fd = -1;
 }
 
@@ -1361,6 +1380,8 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
 {
     struct ready ready[POLL_MAX];
 
+    if (is_parents(l))
+        return MPRPC_TURN_STOPPED; /* a handler has forked, and this is the child */
     l->now = clock_ns();
     flush(l, replies, size, sizes, count);
     begin(l);
@@ -1473,16 +1494,13 @@ static int descriptors(struct mprpc_loop *l, int use_poll)
 #ifdef __linux__
     if (!use_poll && (l->poller.ep = epoll_create1(EPOLL_CLOEXEC)) < 0)
         return -1;
-    if (pipe2(l->wake, O_CLOEXEC | O_NONBLOCK) < 0)
-        return -1;
+    if (l->poller.ep >= 0)
+        mprpc_descriptor_keep(l->poller.ep);
 #else
     (void)use_poll;
-    if (pipe(l->wake) < 0)
-        return -1;
-    for (int i = 0; i < 2; i++)
-        if (fcntl(l->wake[i], F_SETFD, FD_CLOEXEC) < 0 || fcntl(l->wake[i], F_SETFL, O_NONBLOCK) < 0)
-            return -1;
 #endif
+    if (mprpc_descriptor_pipe(l->wake) < 0)
+        return -1;
     return poller_set(&l->poller, l->wake[0], KEY_WAKE, IN, 1);
 }
 
@@ -1493,6 +1511,7 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
 
     if (!l)
         return NULL;
+    l->born = mprpc_forks;
     l->services = services;
     l->limits = *limits;
     l->frames.timeout = limits->frame_timeout;
@@ -1515,7 +1534,7 @@ static int spread_over(struct mprpc_loop *l, struct mprpc_loop **loops, size_t c
 {
     if (l->loops)
         return 0;
-    l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    open_spare(l);
     l->loops = calloc(count, sizeof *loops);
     if (!l->loops)
         return -1;
@@ -1529,6 +1548,7 @@ int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **lo
     if (spread_over(l, loops, count) < 0 || poller_set(&l->poller, listener, KEY_LISTENER, IN, 1) < 0)
         return -1;
     l->listener = listener;
+    mprpc_descriptor_keep(listener);
     return 0;
 }
 
@@ -1538,6 +1558,7 @@ int mprpc_loop_share(struct mprpc_loop *l, int listener, struct mprpc_loop **loo
     if (spread_over(l, loops, count) < 0 || poller_set(&l->poller, listener, KEY_SHARED, IN, 1) < 0)
         return -1;
     l->shared = listener;
+    mprpc_descriptor_keep(listener);
     l->crowd = crowd;
     l->crowd_count = processes;
     l->crowd_mine = mine;
@@ -1547,6 +1568,8 @@ int mprpc_loop_share(struct mprpc_loop *l, int listener, struct mprpc_loop **loo
 
 void mprpc_loop_free(struct mprpc_loop *l)
 {
+    if (is_parents(l)) /* whose thread may have been in the middle of anything */
+        return;
     for (uint32_t i = 0; i < l->room; i++)
         if (l->connections[i])
             destroy(l, l->connections[i], 0);

@@ -32,7 +32,7 @@ struct mprpc_mailbox {
     struct pollfd *fds;
     size_t room;
     int wake[2];
-    pid_t pid;
+    unsigned born; /* mprpc_forks then */
 };
 
 /* ---- mail ---- */
@@ -181,6 +181,8 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
 
 int mprpc_link_cancel(struct mprpc_link *k, uint64_t id)
 {
+    if (mprpc_link_parents(k))
+        return 0;
     pthread_mutex_lock(&k->mutex);
     uint64_t tag = mprpc_session_tag(&k->session, id);
     struct mprpc_call *c = (struct mprpc_call *)(uintptr_t)tag;
@@ -222,6 +224,8 @@ static void expire(struct mprpc_link *k, uint64_t now)
 
 int mprpc_link_turn(struct mprpc_link *k, int read, uint64_t *expiry)
 {
+    if (mprpc_link_parents(k))
+        return -1;
     pthread_mutex_lock(&k->mutex);
     if (read && !k->dead)
         mprpc_link_look(k);
@@ -348,24 +352,20 @@ struct mprpc_mailbox *mprpc_mailbox_new(void)
 {
     struct mprpc_mailbox *box = calloc(1, sizeof *box);
 
-    if (!box || pipe(box->wake) < 0) {
+    if (!box || mprpc_descriptor_pipe(box->wake) < 0) {
         free(box);
         return NULL;
     }
-    for (int end = 0; end < 2; end++) {
-        fcntl(box->wake[end], F_SETFD, FD_CLOEXEC);
-        fcntl(box->wake[end], F_SETFL, O_NONBLOCK);
-    }
     pthread_mutex_init(&box->links_mutex, NULL);
     pthread_mutex_init(&box->mutex, NULL);
-    box->pid = getpid();
+    box->born = mprpc_forks;
     return box;
 }
 
 static void bury(struct mprpc_mailbox *box)
 {
-    close(box->wake[0]);
-    close(box->wake[1]);
+    mprpc_descriptor_close(box->wake[0]);
+    mprpc_descriptor_close(box->wake[1]);
     free(box->fds);
     mprpc_bytes_free(&box->filling.mail);
     mprpc_bytes_free(&box->filling.bytes);
@@ -378,14 +378,12 @@ static void bury(struct mprpc_mailbox *box)
 
 void mprpc_mailbox_free(struct mprpc_mailbox *box)
 {
-    int alone = box->pid != getpid(); /* in a forked child, where the links are only let go */
-
-    if (!alone) {
-        pthread_mutex_lock(&box->links_mutex);
-        box->left = 1;
-        alone = !box->first;
-        pthread_mutex_unlock(&box->links_mutex);
-    }
+    if (box->born != mprpc_forks) /* the parent's */
+        return;
+    pthread_mutex_lock(&box->links_mutex);
+    box->left = 1;
+    int alone = !box->first;
+    pthread_mutex_unlock(&box->links_mutex);
     if (alone)
         bury(box);
 }
@@ -411,7 +409,7 @@ void mprpc_mailbox_detach(struct mprpc_link *k)
 {
     struct mprpc_mailbox *box = k->box;
 
-    if (!box || k->pid != getpid())
+    if (!box)
         return;
     for (struct mprpc_call *c = k->first, *next; c; c = next) { /* nobody is left who would take their mail */
         next = c->after;

@@ -7,7 +7,7 @@ the documentation. `...` leaves out what Python does not touch.
 from cffi import FFI
 
 HEADERS = ("_codec.h", "_session.h", "_wire.h", "_loop.h", "_crew.h", "_load.h", "_channel.h", "_mailbox.h")
-SOURCES = tuple(header.replace(".h", ".c") for header in (*HEADERS, "_keeper.h"))
+SOURCES = tuple(header.replace(".h", ".c") for header in (*HEADERS, "_keeper.h", "_fork.h"))
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
@@ -219,7 +219,7 @@ ffibuilder.set_source(
     "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"mprpc/{source}" for source in (*SOURCES, *FAST)],
     include_dirs=["mprpc"],
-    depends=[f"mprpc/{header}" for header in (*HEADERS, "_link.h", "_fast.h")],
+    depends=[f"mprpc/{header}" for header in (*HEADERS, "_link.h", "_fast.h", "_fork.h")],
     extra_compile_args=["-O2", "-pthread"],
     extra_link_args=["-pthread"],
 )

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "_fork.h"
 #include "_session.h"
 
 struct cable;
@@ -23,7 +24,7 @@ struct mprpc_wire {
     int closed;
 };
 struct cable {
-    pid_t pid; /* the process that made it */
+    unsigned born; /* mprpc_forks then */
     pthread_mutex_t mutex;
     struct mprpc_wire ends[2];
 };
@@ -55,19 +56,15 @@ int mprpc_wire_pair(struct mprpc_wire *ends[2])
     for (int i = 0; i < 2; i++) {
         ends[i] = &cable->ends[i];
         ends[i]->cable = cable;
-        if (pipe(ends[i]->told) < 0) {
+        if (mprpc_descriptor_pipe(ends[i]->told) < 0) {
             for (int made = 0; made < 2 * i; made++)
-                close(ends[made / 2]->told[made % 2]);
+                mprpc_descriptor_close(ends[made / 2]->told[made % 2]);
             free(cable);
             return -1;
         }
-        for (int side = 0; side < 2; side++) {
-            fcntl(ends[i]->told[side], F_SETFD, FD_CLOEXEC);
-            fcntl(ends[i]->told[side], F_SETFL, O_NONBLOCK);
-        }
     }
     pthread_mutex_init(&cable->mutex, NULL);
-    cable->pid = getpid();
+    cable->born = mprpc_forks;
     return 0;
 }
 
@@ -134,17 +131,14 @@ void mprpc_wire_shutdown(struct mprpc_wire *end, int both)
 void mprpc_wire_close(struct mprpc_wire *end)
 {
     struct cable *cable = end->cable;
-    int forked = cable->pid != getpid(); /* then a thread of the parent may have had the mutex, for ever */
 
-    if (!forked) {
-        pthread_mutex_lock(&cable->mutex);
-        finish(other(end));
-    }
-    end->closed = 1;
-    close(end->told[0]);
-    close(end->told[1]);
-    if (forked)
+    if (cable->born != mprpc_forks) /* a thread of the parent may have had the mutex, for ever */
         return;
+    pthread_mutex_lock(&cable->mutex);
+    finish(other(end));
+    end->closed = 1;
+    mprpc_descriptor_close(end->told[0]);
+    mprpc_descriptor_close(end->told[1]);
     mprpc_bytes_free(&end->in);
     end->taken = 0;
     int last = other(end)->closed;

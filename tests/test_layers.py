@@ -56,12 +56,13 @@ DECIDERS = {"reconciler", "registrar", "directory", "desk", "layout", "retry"}
 SHELLS = {"socket", "threading", "time", "select", "kazoo", "random", "selectors", "asyncio", "queue"}
 
 # What each C unit may include, beside its own header. Loop and channel are siblings.
-CHANNEL = {"_codec", "_session", "_wire", "_load", "_link", "_channel", "_keeper", "_mailbox"}
+CHANNEL = {"_codec", "_session", "_fork", "_wire", "_load", "_link", "_channel", "_keeper", "_mailbox"}
 BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_codec": set(),
     "_session": {"_codec"},
-    "_wire": {"_codec", "_session"},
-    "_loop": {"_codec", "_session", "_wire"},
+    "_fork": set(),
+    "_wire": {"_codec", "_session", "_fork"},
+    "_loop": {"_codec", "_session", "_fork", "_wire"},
     "_crew": set(),
     "_load": set(),
 }
