@@ -45,7 +45,7 @@ static const uint64_t LINGER_STOP = UINT64_C(200000000); /* the same when the wh
 static const uint64_t YIELD = UINT64_C(2000000);         /* ns for which a connection is left to who has fewer */
 static const uint64_t FOREVER = UINT64_MAX;
 
-enum { UNAVAILABLE = 14, DEADLINE_EXCEEDED = 4 };
+enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, UNAVAILABLE = 14 };
 
 /* ---- poller: epoll, or poll(2) with the keys beside ---- */
 
@@ -233,7 +233,9 @@ struct mprpc_loop {
     size_t incident_count;
     uint64_t incidents_lost;
     atomic_uint open; /* connections, read by the accepting loop */
-    atomic_uint_fast64_t accepted, taken, broken, in_flight;
+    uint64_t accepted, taken, broken, in_flight; /* written by whoever turns the loop, read by any */
+    uint64_t began;                              /* the handler that runs, or would be next */
+    struct mprpc_tally *tallies;                 /* of each method */
 };
 
 enum { KEY_WAKE = UINT32_MAX, KEY_LISTENER = UINT32_MAX - 1, KEY_SHARED = UINT32_MAX - 2 };
@@ -302,7 +304,7 @@ static void incident(struct mprpc_loop *l, int fd, int64_t reason)
 
 static void cancelled(struct mprpc_loop *l, uint64_t connection, uint64_t call_id)
 {
-    struct mprpc_ticket t = {connection, call_id};
+    struct mprpc_ticket t = {.connection = connection, .call_id = call_id};
 
     if (mprpc_bytes_add(&l->cancelled, &t, sizeof t) == 0) /* else the handler runs in vain, which hurts nobody */
         l->slow = MPRPC_TURN_SLOW;
@@ -359,7 +361,7 @@ static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
     unlist(c);
     if (c->session.in_flight)
         cancelled(l, key_of(c), 0);
-    atomic_fetch_sub(&l->in_flight, c->session.in_flight);
+    mprpc_count(&l->in_flight, (uint64_t)0 - c->session.in_flight);
     atomic_fetch_sub(&l->open, 1u);
     poller_remove(&l->poller, c->fd);
     if (reset)
@@ -403,7 +405,7 @@ static void end(struct mprpc_loop *l, struct connection *c)
 /* A connection that can't be read on. Only a framed one hears more of us than the end. */
 static void broken(struct mprpc_loop *l, struct connection *c, int64_t reason)
 {
-    atomic_fetch_add(&l->broken, 1u);
+    mprpc_count(&l->broken, 1);
     incident(l, c->fd, reason);
     if (c->session.dialect == MPRPC_FRAMED)
         end(l, c);
@@ -541,7 +543,7 @@ static void answer(struct mprpc_loop *l, uint64_t key, struct mprpc_reply *r, co
     }
     r->payload_size = (uint32_t)size;
     int64_t n = mprpc_session_reply(&c->session, r, head);
-    atomic_fetch_sub(&l->in_flight, 1u);
+    mprpc_count(&l->in_flight, (uint64_t)-1);
     if (n < 0) {
         destroy(l, c, 1);
         return;
@@ -561,6 +563,11 @@ static struct request *still_open(struct mprpc_loop *l, uint32_t i)
     return q;
 }
 
+static struct mprpc_tally *tally(struct mprpc_loop *l, size_t i)
+{
+    return &l->tallies[l->records[i].method];
+}
+
 void mprpc_loop_reply(struct mprpc_loop *l, uint32_t i, const uint8_t *payload, size_t size)
 {
     struct request *q = still_open(l, i);
@@ -569,6 +576,8 @@ void mprpc_loop_reply(struct mprpc_loop *l, uint32_t i, const uint8_t *payload, 
     if (!q)
         return;
     r.call_id = q->call_id;
+    mprpc_tally_end(tally(l, i), 0);
+    mprpc_tally_took(tally(l, i), clock_ns() - l->began);
     answer(l, q->connection, &r, payload, size);
 }
 
@@ -582,14 +591,33 @@ void mprpc_loop_fail(struct mprpc_loop *l, uint32_t i, int32_t status, int not_r
     if (!q)
         return;
     r.call_id = q->call_id;
+    mprpc_tally_end(tally(l, i), status);
+    if (!not_run)
+        mprpc_tally_took(tally(l, i), clock_ns() - l->began);
     answer(l, q->connection, &r, NULL, 0);
+}
+
+uint64_t mprpc_loop_begin(struct mprpc_loop *l)
+{
+    l->began = clock_ns();
+    return l->began - l->now;
+}
+
+uint64_t mprpc_loop_ran(struct mprpc_loop *l, uint32_t i, int replied)
+{
+    uint64_t now = clock_ns(), took = now - l->began;
+
+    if (replied)
+        mprpc_tally_took(tally(l, i), took);
+    l->began = now;
+    return took;
 }
 
 int mprpc_loop_expired(struct mprpc_loop *l, uint32_t i)
 {
     static const char text[] = "the deadline passed before the handler started";
 
-    if (i >= l->count || !l->requests[i].deadline || l->requests[i].deadline > clock_ns())
+    if (i >= l->count || !l->requests[i].deadline || l->requests[i].deadline > l->began)
         return 0;
     mprpc_loop_fail(l, i, DEADLINE_EXCEEDED, 1, (const uint8_t *)text, sizeof text - 1, NULL, 0);
     return 1;
@@ -611,9 +639,12 @@ static void flush(struct mprpc_loop *l, const uint8_t *replies, size_t size, con
             struct mprpc_reply r = {.call_id = l->requests[i].call_id, .payload_size = (uint32_t)sizes[i]};
             const uint8_t *payload = replies;
             replies += sizes[i];
-            if (!c || !l->requests[i].open || c->ended)
+            if (!l->requests[i].open)
                 continue;
             l->requests[i].open = 0;
+            mprpc_tally_end(tally(l, i), 0);
+            if (!c || c->ended)
+                continue;
             if (c->session.dialect == MPRPC_CLASSIC || sizes[i] >= LARGE ||
                 mprpc_bytes_reserve(&l->scratch, (size_t)MPRPC_REPLY_ROOM + r.payload_size)) {
                 if (l->scratch.size && put(l, c, l->scratch.at, l->scratch.size, NULL, 0) == 0)
@@ -623,7 +654,7 @@ static void flush(struct mprpc_loop *l, const uint8_t *replies, size_t size, con
                 continue;
             }
             l->scratch.size += (size_t)mprpc_session_reply(&c->session, &r, l->scratch.at + l->scratch.size);
-            atomic_fetch_sub(&l->in_flight, 1u);
+            mprpc_count(&l->in_flight, (uint64_t)-1);
             memcpy(l->scratch.at + l->scratch.size, payload, r.payload_size);
             l->scratch.size += r.payload_size;
         }
@@ -663,11 +694,12 @@ static void cancel(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
             cancelled(l, key, call_id);
         return;
     }
+    mprpc_tally_end(tally(l, i), CANCELLED);
     l->count--;
     memmove(&l->requests[i], &l->requests[i + 1], (l->count - i) * sizeof *l->requests);
     memmove(&l->records[i], &l->records[i + 1], (l->count - i) * sizeof *l->records);
     mprpc_session_unaccept(&c->session);
-    atomic_fetch_sub(&l->in_flight, 1u);
+    mprpc_count(&l->in_flight, (uint64_t)-1);
 }
 
 /* Turns the session's events into requests of this turn. own: the bytes are not the arena's. */
@@ -679,8 +711,8 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
         c->used = l->now;
     for (size_t i = 0; i < count; i++) {
         unsigned requests = l->events[i].frame.kind == MPRPC_REQUEST;
-        atomic_fetch_add(&l->in_flight, requests);
-        atomic_fetch_add(&l->taken, requests);
+        mprpc_count(&l->in_flight, requests);
+        mprpc_count(&l->taken, requests);
     }
     for (size_t i = 0; i < count; i++) {
         struct mprpc_event *e = &l->events[i];
@@ -688,7 +720,9 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
             cancel(l, c, e->frame.call_id);
             continue;
         }
+        mprpc_tally_begin(&l->tallies[e->method]);
         if (e->deadline && e->deadline <= l->now) {
+            mprpc_tally_end(&l->tallies[e->method], DEADLINE_EXCEEDED);
             expired_at_once(l, c, e->frame.call_id);
             if (connection_at(l, key) != c)
                 return;
@@ -973,7 +1007,7 @@ static void establish(struct mprpc_loop *l, int fd, struct mprpc_wire *wire)
         goto refused;
     l->free_count--;
     l->connections[c->slot] = c;
-    atomic_fetch_add(&l->accepted, 1u);
+    mprpc_count(&l->accepted, 1);
     return;
 refused:
     free(c);
@@ -1241,6 +1275,10 @@ static void perform(struct mprpc_loop *l, struct task *t)
     } else if (t->fd >= 0) {
         establish(l, t->fd, t->wire);
     } else {
+        if (t->ticket.began) {
+            mprpc_tally_end(&l->tallies[t->ticket.method], t->status);
+            mprpc_tally_took(&l->tallies[t->ticket.method], l->now - t->ticket.began);
+        }
         answer(l, t->ticket.connection, &r, t->bytes + t->text_size + t->details_size, t->size);
     }
     free(t);
@@ -1277,7 +1315,7 @@ static void woken(struct mprpc_loop *l)
 /* When a loop that drains ends its connections: with nothing in flight, or out of patience. */
 static uint64_t ends_at(const struct mprpc_loop *l)
 {
-    return atomic_load(&l->in_flight) == 0 && l->settled_at < l->stop_at ? l->settled_at : l->stop_at;
+    return l->in_flight == 0 && l->settled_at < l->stop_at ? l->settled_at : l->stop_at;
 }
 
 static void timers(struct mprpc_loop *l)
@@ -1382,7 +1420,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
 
     if (is_parents(l))
         return MPRPC_TURN_STOPPED; /* a handler has forked, and this is the child */
-    l->now = clock_ns();
+    l->now = l->began > l->now ? l->began : clock_ns(); /* the last handler has ended right now */
     flush(l, replies, size, sizes, count);
     begin(l);
     while (l->slow || !stopped(l)) {
@@ -1394,6 +1432,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
         for (int i = 0; i < n; i++)
             serve(l, &ready[i]);
         timers(l);
+        l->began = l->now;
         if (l->count || l->slow)
             return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
         release(l); /* all that came has been answered */
@@ -1455,7 +1494,8 @@ void mprpc_loop_detach(struct mprpc_loop *l, uint32_t i, struct mprpc_ticket *ti
 {
     struct request *q = still_open(l, i);
 
-    *ticket = q ? (struct mprpc_ticket){q->connection, q->call_id} : (struct mprpc_ticket){UINT64_MAX, 0};
+    *ticket = q ? (struct mprpc_ticket){q->connection, q->call_id, l->began, l->records[i].method}
+                : (struct mprpc_ticket){.connection = UINT64_MAX};
 }
 
 size_t mprpc_loop_cancelled(struct mprpc_loop *l, struct mprpc_ticket *to, size_t room)
@@ -1482,8 +1522,13 @@ size_t mprpc_loop_incidents(struct mprpc_loop *l, struct mprpc_incident *to, uin
 
 void mprpc_loop_statistics(struct mprpc_loop *l, struct mprpc_loop_statistics *to)
 {
-    *to = (struct mprpc_loop_statistics){atomic_load(&l->open), atomic_load(&l->accepted), atomic_load(&l->taken),
-                                         atomic_load(&l->broken), atomic_load(&l->in_flight)};
+    *to = (struct mprpc_loop_statistics){atomic_load(&l->open), mprpc_counted(&l->accepted), mprpc_counted(&l->taken),
+                                         mprpc_counted(&l->broken), mprpc_counted(&l->in_flight)};
+}
+
+void mprpc_loop_tally(struct mprpc_loop *l, uint32_t method, struct mprpc_tally *to)
+{
+    mprpc_tally_add(to, &l->tallies[method]);
 }
 
 /* ---- birth and death ---- */
@@ -1521,7 +1566,8 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
     l->grace = l->stop_at = l->settled_at = l->yield_until = FOREVER;
     pthread_mutex_init(&l->mutex, NULL);
     l->arena = malloc(ARENA);
-    if (!l->arena || descriptors(l, use_poll) < 0) {
+    l->tallies = calloc((size_t)mprpc_services_methods(services) + 1, sizeof *l->tallies);
+    if (!l->arena || !l->tallies || descriptors(l, use_poll) < 0) {
         int why = errno;
         mprpc_loop_free(l);
         errno = why;
@@ -1590,6 +1636,7 @@ void mprpc_loop_free(struct mprpc_loop *l)
     free(l->queue);
     free(l->loops);
     free(l->arena);
+    free(l->tallies);
     mprpc_bytes_free(&l->scratch);
     mprpc_bytes_free(&l->cancelled);
     pthread_mutex_destroy(&l->mutex);

@@ -4,6 +4,7 @@
 #define MPRPC_LOOP_H
 
 #include "_session.h"
+#include "_tally.h"
 #include "_wire.h"
 
 enum {
@@ -45,6 +46,8 @@ enum mprpc_trouble {
 /* Outlives its turn: whom to answer later. */
 struct mprpc_ticket {
     uint64_t connection, call_id;
+    uint64_t began; /* its handler, for the statistics */
+    uint32_t method;
 };
 
 struct mprpc_loop_statistics {
@@ -85,6 +88,11 @@ size_t mprpc_loop_room(void);
 
 /* Loop thread only, about request i of this turn, until the next. */
 const uint8_t *mprpc_loop_large(struct mprpc_loop *loop, uint32_t i); /* its arguments, NULL if they are in the bytes */
+/* The first handler of the turn begins now: how many ns the thread took to come to it, with the interpreter's lock. */
+uint64_t mprpc_loop_begin(struct mprpc_loop *loop);
+/* The handler of request i has ended; replied: its answer is among the next turn's. The next one
+ * begins, or the turn's flush. Returns how many ns it took. */
+uint64_t mprpc_loop_ran(struct mprpc_loop *loop, uint32_t i, int replied);
 int mprpc_loop_expired(struct mprpc_loop *loop, uint32_t i); /* 1: its deadline has passed, which was answered */
 uint64_t mprpc_loop_expiry(struct mprpc_loop *loop); /* the first deadline of the turn, monotonic ns, or UINT64_MAX */
 uint64_t mprpc_loop_deadline(struct mprpc_loop *loop, uint32_t i); /* monotonic ns, 0 for none */
@@ -110,6 +118,8 @@ int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
  * `settle` ns, or when `grace` ns have passed, the connections end and the turn returns MPRPC_TURN_STOPPED. Again, with
  * less grace: sooner. */
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
+/* Any thread. */
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
+void mprpc_loop_tally(struct mprpc_loop *loop, uint32_t method, struct mprpc_tally *to); /* adds */
 
 #endif

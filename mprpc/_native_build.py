@@ -6,7 +6,7 @@ the documentation. `...` leaves out what Python does not touch.
 
 from cffi import FFI
 
-HEADERS = ("_codec.h", "_session.h", "_wire.h", "_loop.h", "_crew.h", "_load.h", "_channel.h", "_mailbox.h")
+HEADERS = ("_codec.h", "_session.h", "_wire.h", "_tally.h", "_loop.h", "_crew.h", "_load.h", "_channel.h", "_mailbox.h")
 SOURCES = tuple(header.replace(".h", ".c") for header in (*HEADERS, "_keeper.h", "_fork.h"))
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
@@ -78,8 +78,13 @@ struct mprpc_limits {
 };
 struct mprpc_record { uint32_t method, offset, size; };
 struct mprpc_incident { int64_t reason; char peer[...]; ...; };
-struct mprpc_ticket { uint64_t connection, call_id; };
+struct mprpc_ticket { uint64_t connection, call_id; ...; };
 struct mprpc_loop_statistics { uint64_t connections, accepted, requests, broken, in_flight; };
+#define MPRPC_TALLY_LEAST ...
+#define MPRPC_TALLY_BUCKETS ...
+uint32_t mprpc_tally_bucket(uint64_t ns);
+struct mprpc_tally { uint64_t begun, nanoseconds, ended[...], took[...]; };
+void mprpc_loop_tally(struct mprpc_loop *loop, uint32_t method, struct mprpc_tally *to);
 struct mprpc_loop;
 struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const struct mprpc_limits *limits,
                                   int use_poll);

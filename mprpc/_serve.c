@@ -266,6 +266,7 @@ static void begin(Server *s, int64_t told)
     if (b->replies.room > REPLIES_MAX)
         mprpc_bytes_free(&b->replies);
     b->replies.size = 0;
+    mprpc_loop_begin(s->loop);
     if (!b->slow)
         return;
     PyObject *done = PyObject_CallMethod(s->owner, "_notice", NULL);
@@ -293,8 +294,11 @@ static PyObject *server_run(PyObject *self, PyObject *nothing)
         if (told < 0)
             break;
         begin(s, told);
-        while (b->next < b->count)
-            handle(s, b->next++);
+        while (b->next < b->count) {
+            uint32_t i = b->next++;
+            handle(s, i);
+            mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
+        }
     }
     s->thread = 0;
     Py_RETURN_NONE;

@@ -80,6 +80,7 @@ struct entry {
 struct mprpc_services {
     struct entry *entries; /* open addressing, at most half full */
     size_t room, count;
+    uint32_t methods;
 };
 
 /* FNV-1a: a few names, known to all; nobody can choose keys that collide in somebody else's table. */
@@ -90,6 +91,13 @@ static uint64_t hash(uint64_t h, const uint8_t *at, size_t size)
     return h;
 }
 
+static int is(const struct entry *e, const uint8_t *service, size_t service_size, const uint8_t *method,
+              size_t method_size)
+{
+    return e->service_size == service_size && e->method_size == method_size && same(e->key, service, service_size) &&
+           same(e->key + service_size, method, method_size);
+}
+
 /* Where the pair is, or the free entry where it would be. */
 static struct entry *slot(const struct mprpc_services *t, const uint8_t *service, size_t service_size,
                           const uint8_t *method, size_t method_size)
@@ -98,9 +106,7 @@ static struct entry *slot(const struct mprpc_services *t, const uint8_t *service
 
     for (size_t i = h;; i++) {
         struct entry *e = &t->entries[i & (t->room - 1)];
-        if (!e->key || (e->service_size == service_size && e->method_size == method_size &&
-                        same(e->key, service, service_size) &&
-                        same(e->key + service_size, method, method_size)))
+        if (!e->key || is(e, service, service_size, method, method_size))
             return e;
     }
 }
@@ -139,7 +145,7 @@ void mprpc_services_free(struct mprpc_services *t)
 
 static int grow(struct mprpc_services *t)
 {
-    struct mprpc_services bigger = {calloc(t->room * 2, sizeof *t->entries), t->room * 2, t->count};
+    struct mprpc_services bigger = {calloc(t->room * 2, sizeof *t->entries), t->room * 2, t->count, t->methods};
 
     if (!bigger.entries)
         return -1;
@@ -177,7 +183,14 @@ int mprpc_services_add(struct mprpc_services *t, const uint8_t *service, size_t 
 {
     if (add(t, service, service_size, NULL, 0, WHOLE_SERVICE) < 0)
         return -1;
+    if (index >= t->methods)
+        t->methods = index + 1;
     return add(t, service, service_size, method, method_size, index);
+}
+
+uint32_t mprpc_services_methods(const struct mprpc_services *t)
+{
+    return t->methods;
 }
 
 /* ---- both sides ---- */
@@ -287,7 +300,11 @@ static int request(struct mprpc_session *s, struct mprpc_event *e, uint64_t now,
         return refuse(s, f, INVALID_ARGUMENT, "more than 128 metadata entries", out);
     if (f->compression)
         return refuse(s, f, UNIMPLEMENTED, "this provider takes no compressed payload", out);
-    const struct entry *m = find(s->services, f->service, f->service_size, f->method, f->method_size);
+    const struct entry *m = s->last;
+    if (!m || !is(m, f->service, f->service_size, f->method, f->method_size))
+        m = find(s->services, f->service, f->service_size, f->method, f->method_size);
+    if (m)
+        s->last = m;
     if (!m || m->index == WHOLE_SERVICE)
         return refuse(s, f, UNIMPLEMENTED,
                       serves(s->services, f) ? "the service has no such method" : "no such service here", out);

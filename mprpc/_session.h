@@ -24,6 +24,7 @@ void mprpc_services_free(struct mprpc_services *services);
 /* 0, -1 without memory, or 1 when the pair is there already. */
 int mprpc_services_add(struct mprpc_services *services, const uint8_t *service, size_t service_size,
                        const uint8_t *method, size_t method_size, uint32_t index);
+uint32_t mprpc_services_methods(const struct mprpc_services *services); /* one more than the highest index */
 
 enum {
     MPRPC_PING_MAX = 64,           /* bytes of payload that a PING may carry */
@@ -54,6 +55,7 @@ struct mprpc_session {
     uint64_t skip;                         /* bytes of a refused payload that are still to come */
     uint64_t need;                         /* no frame is whole before so many bytes are there */
     uint64_t goaway_id;                    /* client: what the peer's GOAWAY said */
+    const void *last;                      /* server: the last request's method, which the next one often is as well */
     uint64_t *ids, *tags;                  /* client: calls in flight, a ring indexed by call_id */
     uint32_t ring;                         /* its size, a power of two or 0 */
     uint32_t in_flight;

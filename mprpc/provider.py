@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from mprpc.coroutines import Coroutines
     from mprpc.registry import Publication, Registry
+    from mprpc.statistics import ProviderStatistics
     from mprpc.workers import Supervisor, Worker
 
 __all__ = ["RpcProvider"]
@@ -284,6 +285,13 @@ class RpcProvider:
     def _hurry(self, grace: float) -> None:
         for loop in self._loops:
             lib.mprpc_loop_stop(loop.handle, int(grace * _NS), _SETTLE if self._publication is not None else 0)
+
+    def statistics(self) -> ProviderStatistics:
+        """What became of all calls since the start, by method: how many, errors, latency; and of connections."""
+        from mprpc.statistics import provider_statistics
+
+        names = [f"{entry.service}.{entry.name}" for entry in self._entries]
+        return provider_statistics([loop.handle for loop in self._loops], names)
 
     def run(self) -> None:
         """Starts, unless it has started, and serves until SIGTERM, SIGINT or stop(); a second signal stops at once.

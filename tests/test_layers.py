@@ -17,7 +17,7 @@ PACKAGE = generated.ROOT / "mprpc"
 LAYERS = [
     {"errors", "config", "log"},
     {"_native", "fast"},
-    {"controller", "service"},
+    {"controller", "service", "statistics"},
     # registry and balancer, with the rooms that they were divided into
     {
         "administration",
@@ -59,16 +59,17 @@ SHELLS = {"socket", "threading", "time", "select", "kazoo", "random", "selectors
 CHANNEL = {"_codec", "_session", "_fork", "_wire", "_load", "_link", "_channel", "_keeper", "_mailbox"}
 BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_codec": set(),
+    "_tally": set(),
     "_session": {"_codec"},
     "_fork": set(),
     "_wire": {"_codec", "_session", "_fork"},
-    "_loop": {"_codec", "_session", "_fork", "_wire"},
+    "_loop": {"_codec", "_session", "_fork", "_wire", "_tally"},
     "_crew": set(),
     "_load": set(),
 }
 # What holds Python objects, above the rest.
 FAST = {"_fast", "_call", "_serve", "_context"}
-BELOW |= {unit: {"_fast", *CHANNEL, "_loop", "_crew"} for unit in FAST}
+BELOW |= {unit: {"_fast", *CHANNEL, "_tally", "_loop", "_crew"} for unit in FAST}
 SYSTEM = re.compile(r"sys/|netinet/|arpa/|poll\.h|pthread\.h|unistd\.h|time\.h|signal\.h|fcntl\.h")
 
 
