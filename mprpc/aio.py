@@ -30,15 +30,15 @@ from mprpc.channel import MprpcChannel
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
-from mprpc.futures import MAIL, Mail, Mailbox
+from mprpc.futures import MAIL, PASSING, Mail, Mailbox
 from mprpc.subchannel import new_link, split_address
 from mprpc.unary_call import UnaryCall, changed_policy, policy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
     from types import TracebackType
 
-    from mprpc.retry import Attempts, Policy
+    from mprpc.retry import Attempts, Hedging, Policy
     from mprpc.subchannel import Subchannel
 
 __all__ = ["AsyncMprpcChannel", "AsyncUnaryCall"]
@@ -173,9 +173,10 @@ class AsyncUnaryCall(Generic[Request, Response]):
         idempotent: bool | None = None,
         retries: int | None = None,
         attempt_timeout: float | None = None,
+        hedge_delay: float | str | None = None,
     ) -> AsyncUnaryCall[Request, Response]:
         """As `UnaryCall.with_options`."""
-        policy = changed_policy(self._policy, idempotent, retries, attempt_timeout)
+        policy = changed_policy(self._policy, idempotent, retries, attempt_timeout, hedge_delay)
         return AsyncUnaryCall(self._channel, self._method, self._response_class, policy)
 
     async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
@@ -215,6 +216,9 @@ class AsyncUnaryCall(Generic[Request, Response]):
         endpoint = call._target.next()
         hub = self._channel._hub()
         attempts: Attempts[Subchannel] | None = None
+        if call._hedging is not None and not settled:
+            attempts = call._attempts(deadline, settled=False)
+            return await self._hedged(hub, call, payload, attempts, controller, endpoint, call._hedging)
         if endpoint is not None and len(payload) <= call._max_payload and not call._hurries:
             link = hub.links.get(endpoint.address)
             if link is not None and not endpoint.classic:
@@ -228,6 +232,47 @@ class AsyncUnaryCall(Generic[Request, Response]):
                     endpoint = None
         attempts = attempts or call._attempts(deadline, settled=settled)
         return await self._go_round(hub, call, payload, attempts, controller, endpoint)
+
+    async def _hedged(
+        self,
+        hub: _Hub,
+        call: UnaryCall[Any, Response],
+        payload: bytes,
+        attempts: Attempts[Subchannel],
+        controller: MprpcController | None,
+        first: Subchannel | None,
+        hedging: Hedging,
+    ) -> Response:
+        """Two requests, if the first takes long: whichever is answered first."""
+        running: dict[asyncio.Task[Response], tuple[int, Attempts[Subchannel]]] = {}
+
+        def send(attempts: Attempts[Subchannel], first: Subchannel | None = None) -> None:
+            going = asyncio.create_task(self._go_round(hub, call, payload, attempts, None, first))
+            running[going] = time.monotonic_ns(), attempts
+
+        delay = hedging.delay()
+        send(attempts, first)
+        try:
+            await asyncio.wait(running, timeout=None if delay is None else delay / _NS)
+            slow, now = attempts.endpoint, time.monotonic_ns()
+            if (
+                slow is not None
+                and not any(each.done() for each in running)
+                and any(each is not slow for each in call._target.known())
+                and hedging.take(now)
+            ):
+                send(attempts.hedge(slow))
+            answered = await _first_answer(running)
+            for each, (began, tried) in running.items():
+                if each is answered or not each.done():
+                    hedging.lasted(time.monotonic_ns() - began)
+                if each is answered and controller is not None and tried.endpoint is not None:
+                    controller._peer = tried.endpoint.address
+            return answered.result()
+        finally:
+            for each in running:
+                each.cancel()
+                each.add_done_callback(_retrieve)
 
     @staticmethod
     async def _wait_to_retry(
@@ -647,6 +692,16 @@ class _Hub:
         for link in list(self._all):
             lib.mprpc_link_close(link.handle)
             self._turn(link, False)
+
+
+async def _first_answer(running: Iterable[asyncio.Task[Response]]) -> asyncio.Task[Response]:
+    """Of a call's two requests: one that another provider could not turn out well, or the last."""
+    waiting = set(running)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            if not isinstance(each.exception(), PASSING) or not waiting:
+                return each
 
 
 def _retrieve(done: asyncio.Future[Any]) -> None:

@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import ConfigError, RpcError, Unavailable
-from mprpc.retry import Budget
+from mprpc.retry import Budget, Hedging, Policy
 from mprpc.service import attribute_of
 from mprpc.subchannel import Subchannel, channel_closed, split_address
 from mprpc.target import Fixed, Found
@@ -69,6 +69,7 @@ class MprpcChannel:
         self._lock = threading.Lock()
         self._closed = False
         self._budget = _budget(config)
+        self._hedgings: weakref.WeakSet[Hedging] = weakref.WeakSet()
         self._registry: Registry | None = None
         self._endpoints: dict[tuple[str, bool], Subchannel] = {}
         self._views: dict[str, ServiceView] = {}
@@ -166,6 +167,11 @@ class MprpcChannel:
         self._found.add(found)
         return found
 
+    def _new_hedging(self, policy: Policy) -> Hedging:
+        hedging = Hedging(policy, threading.Lock())
+        self._hedgings.add(hedging)
+        return hedging
+
     def _view(self, service: ServiceDescriptor) -> ServiceView:
         with self._lock:
             view = self._views.get(service.full_name)
@@ -217,6 +223,8 @@ class MprpcChannel:
         """In a forked child: the parent's connections are not ours to use, nor to shut down."""
         self._lock = threading.Lock()
         self._budget = _budget(self._config)
+        for hedging in list(self._hedgings):
+            hedging.forget_forked(threading.Lock())
         self._registry = None
         self._views.clear()
         for endpoint in self._endpoints.values():

@@ -31,7 +31,7 @@ from google.protobuf.message import DecodeError, Message
 from mprpc import context
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
-from mprpc.errors import ResourceExhausted, RpcError, Unavailable
+from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
 
 if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mprpc.subchannel import Subchannel
     from mprpc.unary_call import UnaryCall
 
-__all__ = ["MAIL", "CallFuture", "Mail", "Mailbox", "start_future"]
+__all__ = ["MAIL", "PASSING", "CallFuture", "Mail", "Mailbox", "start_future"]
 
 _log = logging.getLogger("mprpc.futures")
 
@@ -49,6 +49,7 @@ _NS = 1_000_000_000
 _FOREVER = 2**64 - 1
 _LINGER = 50_000_000  # ns that the reader and a lane wait for another call before their thread ends
 _LANES = 8  # calls being found or connected at once; more wait in the queue, within max_pending
+_HEDGES_KEPT = 1000  # calls that have ended and whose time for a hedge has not come are forgotten beyond so many
 _SMALL = 4096  # bytes up to which a request is not counted: max_pending of them are 40 MB
 
 MAIL = struct.Struct("=QqqQIIiBB2x")  # struct mprpc_mail
@@ -82,6 +83,9 @@ class CallFuture(Future[Response], Generic[Response]):
     _old = False  # the link was an old one: its end says nothing of the endpoint
     _attempts: Attempts[Subchannel] | None = None  # once it is no plain call any more
     _outer: MprpcController | None = None  # of the handler that it belongs to
+    _hedge: _Hedge[Any] | None = None  # its second request, while that is under way
+    _held: BaseException | None = None  # what the first one came to meanwhile
+    _began = 0  # where it may be hedged: when, monotonic ns
 
     def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
         self._waiters: list[Any] = []
@@ -98,6 +102,7 @@ class CallFuture(Future[Response], Generic[Response]):
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
         reader().forget(self)
+        self._ends_with(None)
         self._leave()
         if self._controller is not None:
             self._controller._end(self._call._cancelled(not_run=False))
@@ -146,6 +151,8 @@ class CallFuture(Future[Response], Generic[Response]):
 
     def _end(self, response: Response | None, error: BaseException | None) -> None:
         """Resolves it, unless it has been cancelled."""
+        if self._began and not self._ends_with(error):
+            return
         self._at = None  # a future that is kept must keep no connection
         self._payload = b""
         if self._outer is not None:
@@ -170,6 +177,21 @@ class CallFuture(Future[Response], Generic[Response]):
                 waiter.add_result(self) if error is None else waiter.add_exception(self)
         return True
 
+    def _ends_with(self, error: BaseException | None) -> bool:
+        """Whether its own request's end is the call's, or its hedge may still be answered."""
+        hedging = self._call._hedging
+        if error is None and hedging is not None:
+            hedging.lasted(time.monotonic_ns() - self._began)
+        with _mutex:
+            hedge = self._hedge
+            if hedge is not None and isinstance(error, PASSING):
+                self._held = error
+                return False
+            self._hedge = None
+        if hedge is not None:
+            hedge.drop()
+        return True
+
     def _leave(self) -> None:
         if self._outer is not None:
             self._outer._forget_on_cancel(self._stop)
@@ -180,6 +202,51 @@ class CallFuture(Future[Response], Generic[Response]):
             self._invoke_callbacks()  # type: ignore[attr-defined]  # private, but so since the first version
         except BaseException:  # SystemExit and such; of Exceptions Future itself makes a line in the log
             _log.exception("a callback of a future of %s failed", self._call._method.full_name)
+
+
+# What another provider may still turn out well.
+PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted)
+
+
+class _Hedge(CallFuture[Response]):
+    """The second request of a call: the future of nobody, whose response ends its first one's."""
+
+    def __init__(self, first: CallFuture[Response], attempts: Attempts[Subchannel]) -> None:
+        super().__init__(first._call, None)
+        self._first = first
+        self._payload, self._deadline, self._attempts = first._payload, first._deadline, attempts
+        self._sent = time.monotonic_ns()
+
+    def _end(self, response: Response | None, error: BaseException | None) -> None:
+        first, hedging = self._first, self._call._hedging
+        with _mutex:
+            if self._state != PENDING:
+                return
+            self._state = FINISHED
+            self._at, self._payload = None, b""
+            held, first._held = first._held, None
+            if first._hedge is self:
+                first._hedge = None
+        now = time.monotonic_ns()
+        if error is None or not isinstance(error, PASSING):
+            if hedging is not None and error is None:
+                hedging.lasted(now - self._sent)
+                hedging.lasted(now - first._began)  # the first one's, or more
+            reader().forget(first)
+            first._began = 0
+            if first._controller is not None and self._endpoint is not None:
+                first._controller._peer = self._endpoint.address
+            first._end(response, error)
+        elif held is not None:
+            first._end(None, held)
+
+    def drop(self) -> None:
+        """The first request was answered: CANCEL to the provider."""
+        with _mutex:
+            if self._state != PENDING:
+                return
+            self._state = CANCELLED_AND_NOTIFIED
+        reader().forget(self)
 
 
 class _Waiter:
@@ -224,6 +291,7 @@ class _Reader:
         self._queued: dict[int, CallFuture[Any]] = {}  # for a lane, in order
         self._paused: dict[int, CallFuture[Any]] = {}  # until their next attempt
         self._later: list[tuple[int, int]] = []  # when, and which token: a heap, under the lock
+        self._hedged: list[tuple[int, int, CallFuture[Any]]] = []  # when a call's hedge is due: the same
         self._due = _FOREVER  # no queued call's deadline is before, monotonic ns
         self._tokens = count(1)
         self._lock = threading.Lock()  # of what follows
@@ -233,7 +301,7 @@ class _Reader:
         self._thread: threading.Thread | None = None
         self._work = threading.Condition(self._lock)  # something is queued
         self._lanes = self._idle_lanes = 0
-        self._ours: set[int] = set()  # the threads that must not wait for room: they make it
+        self.threads: set[int] = set()  # ours, which must wait neither for room nor for futures: they make it
 
     # ---- any thread ----
 
@@ -317,7 +385,7 @@ class _Reader:
             try:
                 while not self._has_room(config, weight):
                     left = (future._deadline - time.monotonic_ns()) / _NS
-                    if left <= 0 or threading.get_ident() in self._ours or not self._room.wait(left):
+                    if left <= 0 or threading.get_ident() in self.threads or not self._room.wait(left):
                         raise self._full(config)
                 future._weight = weight
                 self._bytes += weight
@@ -343,7 +411,7 @@ class _Reader:
                 self._thread.start()
 
     def _run(self) -> None:
-        self._ours.add(threading.get_ident())
+        self.threads.add(threading.get_ident())
         while _reader is self:  # else a callback has forked, and this is the child
             arrived = lib.mprpc_mailbox_wait(self._box.handle, self._patience())
             if arrived:
@@ -352,15 +420,17 @@ class _Reader:
                 self._expire_queued()
             if self._later:
                 self._resume()
+            if self._hedged:
+                self._send_hedges()
             if not arrived and not self._in_flight() and self._ends():
                 break
-        self._ours.discard(threading.get_ident())
+        self.threads.discard(threading.get_ident())
 
     def _patience(self) -> int:
         until = self._due if self._queued else _FOREVER
         with self._lock:
-            if self._later:
-                until = min(until, self._later[0][0])
+            for heap in (self._later, self._hedged):
+                until = min(until, heap[0][0]) if heap else until
         if until != _FOREVER:
             return max(0, until - time.monotonic_ns())
         return _FOREVER if self._pending else _LINGER
@@ -445,6 +515,34 @@ class _Reader:
             if future is not None:
                 self._queue(future)
 
+    def hedge_later(self, future: CallFuture[Any], delay: int) -> None:
+        """The future has been started."""
+        with self._lock:
+            if len(self._hedged) > 2 * self._in_flight() + _HEDGES_KEPT:
+                self._hedged = [each for each in self._hedged if not each[2].done()]
+                heapq.heapify(self._hedged)
+            entry = future._began + delay, next(self._tokens), future
+            heapq.heappush(self._hedged, entry)
+            first = self._hedged[0] is entry
+        if first:
+            lib.mprpc_mailbox_wake(self._box.handle)
+
+    def _send_hedges(self) -> None:
+        now, due = time.monotonic_ns(), []
+        with self._lock:
+            while self._hedged and self._hedged[0][0] <= now:
+                due.append(heapq.heappop(self._hedged)[2])
+        for future in due:
+            call, endpoint = future._call, future._endpoint
+            if future.done() or endpoint is None or call._hedging is None:
+                continue
+            if any(each is not endpoint for each in call._target.known()) and call._hedging.take(now):
+                hedge = _Hedge(future, self._attempts(future).hedge(endpoint))
+                with _mutex:
+                    future._hedge = None if future.done() else hedge
+                if future._hedge is hedge:
+                    self._queue(hedge)
+
     def _expire_queued(self) -> None:
         """Ends what no lane had time for; _due is a bound, so most rounds have nothing to look for."""
         now, self._due = time.monotonic_ns(), _FOREVER
@@ -478,7 +576,7 @@ class _Reader:
             self.forget(future)  # cancelled before it was queued
 
     def _lane(self) -> None:
-        self._ours.add(threading.get_ident())
+        self.threads.add(threading.get_ident())
         while (future := self._next_queued()) is not None:
             try:
                 error = self._go_on(future)
@@ -488,7 +586,7 @@ class _Reader:
                 future._end(None, error)
                 if not self._in_flight():
                     lib.mprpc_mailbox_wake(self._box.handle)  # it would wait until the deadline of what was queued
-        self._ours.discard(threading.get_ident())
+        self.threads.discard(threading.get_ident())
 
     def _next_queued(self) -> CallFuture[Any] | None:
         """Waits a little for a queued call; None ends the lane."""
@@ -571,7 +669,7 @@ def start_future(
     if future.done():  # the handler's call has just been cancelled
         return future
     try:
-        (_reader or reader()).start(future, nanoseconds)
+        _start(future, nanoseconds)
     except ResourceExhausted as error:
         if controller is None:
             raise
@@ -579,6 +677,17 @@ def start_future(
     except RpcError as error:
         future._end(None, error)
     return future
+
+
+def _start(future: CallFuture[Any], nanoseconds: int) -> None:
+    mine, hedging = _reader or reader(), future._call._hedging
+    delay = None
+    if hedging is not None and not (future._outer is not None and future._outer.attempt > 0):
+        future._began = time.monotonic_ns()
+        delay = hedging.delay()
+    mine.start(future, nanoseconds)
+    if delay is not None and not future.done():
+        mine.hedge_later(future, delay)
 
 
 _reader: _Reader | None = None

@@ -1,4 +1,5 @@
-"""Retries: what a call that failed may still try, where, when and at whose cost. One logic for all three faces.
+"""Retries and hedges: what a call that failed, or is slow, may still try, where, when and at whose cost. One logic for
+all three faces.
 
 It decides and does nothing: errors, the time (monotonic ns) and chance come in, and out comes the next endpoint, how
 long to wait for it, or that the call has failed.
@@ -15,10 +16,14 @@ Rules:
   each time. What would wait past the deadline fails now, with its reason.
 - An attempt is numbered on the wire by how often the request may have run before; the calls of a handler that serves a
   number above 0 are not retried, or retries would multiply from layer to layer.
+- A hedge is a second request of an idempotent method's call, to another endpoint, when the first has not been answered
+  for a while: a fixed time, or what one call of twenty takes. The first answer wins, the other request is cancelled. It
+  is no retry and is not retried, and has a budget of its own, which is only a share of the calls.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from mprpc.errors import RpcError, Status
@@ -27,11 +32,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-__all__ = ["Attempts", "Budget", "Policy"]
+__all__ = ["P95", "Attempts", "Budget", "Hedging", "Policy"]
 
 E = TypeVar("E")  # an endpoint; only ever compared
 
 _NS = 1_000_000_000
+P95 = -1.0  # as a hedge's delay: what 19 of 20 of the method's latest requests were answered within
+_FEWEST = 20  # latencies that say something about the slowest of twenty
+_REMEMBERED = 1000  # latencies; then half of their weight is forgotten
+_STEPS = 8  # buckets for each doubling: 9 % wide
 _BURST = 10.0  # seconds of its rate, and at least so many tokens, that a budget saves up
 
 
@@ -43,6 +52,12 @@ class Policy(NamedTuple):
     backoff: float  # the first pause's bound
     backoff_max: float
     attempt_timeout: float  # of an idempotent method's single attempt; 0.0: the call's own
+    hedge_delay: float | None = None  # None: no hedges; P95
+    hedge_share: float = 0.05  # of the calls, that are hedged at most
+
+    @property
+    def hedges(self) -> bool:
+        return self.idempotent and self.hedge_delay is not None
 
 
 class Budget:
@@ -84,7 +99,7 @@ class Attempts(Generic[E]):
     """
 
     __slots__ = ("_budget", "_chance", "_lacking", "_made", "_policy", "_settled", "_spared", "_tried", "deadline",
-                 "number", "problem")  # fmt: skip
+                 "endpoint", "number", "problem")  # fmt: skip
 
     def __init__(
         self, policy: Policy, budget: Budget, deadline: int, chance: Callable[[], float], *, settled: bool = False
@@ -97,14 +112,22 @@ class Attempts(Generic[E]):
         self._tried: list[E] = []  # in this round
         self._lacking: list[E] = []  # that do not have the method
         self._spared: list[E] = []  # whose old connection had ended
+        self.endpoint: E | None = None  # the last that was to be tried
 
     def next(self, endpoints: Sequence[E]) -> E | None:
         """The one to try: the first of them that the call has not been at, or of a new round. None: there is none."""
-        for endpoint in endpoints:
-            if endpoint not in self._tried:
-                return endpoint
-        self._tried = list(self._lacking)
-        return next((endpoint for endpoint in endpoints if endpoint not in self._tried), None)
+        self.endpoint = next((each for each in endpoints if each not in self._tried), None)
+        if self.endpoint is None:
+            self._tried = list(self._lacking)
+            self.endpoint = next((each for each in endpoints if each not in self._tried), None)
+        return self.endpoint
+
+    def hedge(self, endpoint: E) -> Attempts[E]:
+        """Those of the same call's hedge, which begins elsewhere than there."""
+        other: Attempts[E] = Attempts(self._policy, self._budget, self.deadline, self._chance, settled=True)
+        other.number = self.number + 1
+        other._tried = [endpoint]
+        return other
 
     def timeout(self, now: int) -> int:
         """Nanoseconds for the next attempt, 0 or less when the call is over."""
@@ -160,3 +183,53 @@ class Attempts(Generic[E]):
 def _may_have_run(error: RpcError) -> RpcError:
     """Of a call that may have run before it was refused nothing else may be said."""
     return RpcError(error.status, error.text, details=error.details) if error.not_run else error
+
+
+class Hedging:
+    """When one method's calls are hedged. Under `lock`, any thread."""
+
+    def __init__(self, policy: Policy, lock: AbstractContextManager[object]) -> None:
+        self._fixed = policy.hedge_delay
+        self._lock = lock
+        self._budget = Budget(policy.hedge_share, 0.0, lock, full=False)
+        self._counts: dict[int, int] = {}  # of latencies, by bucket
+        self._count = 0
+
+    def forget_forked(self, lock: AbstractContextManager[object]) -> None:
+        """In a forked child: a thread of the parent may have had the lock."""
+        self._lock = self._budget._lock = lock
+
+    @property
+    def taken(self) -> int:
+        """How many were."""
+        return self._budget.taken
+
+    def delay(self) -> int | None:
+        """A call begins: nanoseconds after which it may be hedged, if it may be."""
+        self._budget.called()
+        if self._fixed is None or self._fixed != P95:
+            return None if self._fixed is None else int(self._fixed * _NS)
+        with self._lock:
+            return self._p95() if self._count >= _FEWEST else None
+
+    def take(self, now: int) -> bool:
+        """Whether a call may be hedged that has lasted for its delay; then that is paid for."""
+        return self._budget.take(now)
+
+    def lasted(self, latency: int) -> None:
+        """A request was answered, or given up, after so many nanoseconds."""
+        bucket = math.ceil(math.log2(max(1, latency)) * _STEPS)
+        with self._lock:
+            if self._count >= _REMEMBERED:
+                self._counts = {each: count // 2 for each, count in self._counts.items() if count > 1}
+                self._count = sum(self._counts.values())
+            self._counts[bucket] = self._counts.get(bucket, 0) + 1
+            self._count += 1
+
+    def _p95(self) -> int:
+        above = self._count // 20
+        for bucket in sorted(self._counts, reverse=True):
+            above -= self._counts[bucket]
+            if above < 0:
+                break
+        return int(2.0 ** (bucket / _STEPS))

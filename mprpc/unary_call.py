@@ -31,7 +31,7 @@ from mprpc.errors import (
     Unavailable,
 )
 from mprpc.fast import native
-from mprpc.retry import Attempts, Policy
+from mprpc.retry import P95, Attempts, Policy
 from mprpc.target import Fixed
 
 if TYPE_CHECKING:
@@ -136,7 +136,8 @@ class UnaryCall(_Call, Generic[Request, Response]):
             self._max_payload,
             *((None, target.next()) if isinstance(target, Fixed) else (target.next, None)),
         )
-        self._plain = not self._hurries
+        self._hedging = channel._new_hedging(self._policy) if self._policy.hedges else None
+        self._plain = not self._hurries and self._hedging is None
         self._calls = 0  # since the last one that had to ask for a retry
 
     if TYPE_CHECKING:
@@ -149,6 +150,8 @@ class UnaryCall(_Call, Generic[Request, Response]):
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
     ) -> Response:
         """A call that is not plain, or not known to be."""
+        if self._hedging is not None and _may_wait():
+            return self._hedged(request, timeout, controller)
         if controller is not None:
             return self._controlled(request, timeout, controller)
         if context.handled() is not None:
@@ -161,13 +164,14 @@ class UnaryCall(_Call, Generic[Request, Response]):
         idempotent: bool | None = None,
         retries: int | None = None,
         attempt_timeout: float | None = None,
+        hedge_delay: float | str | None = None,
     ) -> UnaryCall[Request, Response]:
         """The same method with other rules for what fails: `login = users.Login.with_options(idempotent=True)`.
 
         `idempotent`: it may run twice, whatever its .proto file says. The others go before the keys of the same name.
         What is None stays as it is. Raises ValueError.
         """
-        policy = changed_policy(self._policy, idempotent, retries, attempt_timeout)
+        policy = changed_policy(self._policy, idempotent, retries, attempt_timeout, hedge_delay)
         return UnaryCall(self._channel, self._method, self._response_class, policy)
 
     def future(
@@ -183,6 +187,17 @@ class UnaryCall(_Call, Generic[Request, Response]):
             from mprpc.futures import start_future as _start_future
         future: CallFuture[Response] = _start_future(self, request, timeout, controller)
         return future
+
+    def _hedged(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
+        """As a future, since one thread can't wait in two connections."""
+        future = self.future(request, timeout, controller)
+        try:
+            return future.result()
+        except RpcError:
+            raise
+        except BaseException:  # Ctrl-C
+            future.cancel()
+            raise
 
     def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
         try:
@@ -432,21 +447,48 @@ def policy_of(config: MprpcConfig, method: MethodDescriptor) -> Policy:
         config.retry_backoff,
         config.retry_backoff_max,
         config.attempt_timeout,
+        _hedge_delay(config.hedge_delay),
+        config.hedge_share,
     )
 
 
+def _hedge_delay(given: float | str) -> float | None:
+    """As a Policy has it. Raises ValueError."""
+    if given in ("off", "p95"):
+        return None if given == "off" else P95
+    if not float(given) >= 0.0:
+        raise ValueError
+    return float(given)
+
+
 def changed_policy(
-    policy: Policy, idempotent: bool | None, retries: int | None, attempt_timeout: float | None
+    policy: Policy,
+    idempotent: bool | None,
+    retries: int | None,
+    attempt_timeout: float | None,
+    hedge_delay: float | str | None,
 ) -> Policy:
     if retries is not None and retries < 0:
         raise ValueError(f"retries={retries}: give 0 or more")
     if attempt_timeout is not None and not attempt_timeout >= 0.0:
         raise ValueError(f"attempt_timeout={attempt_timeout}: give seconds, or 0 for the call's own")
+    try:
+        hedge = policy.hedge_delay if hedge_delay is None else _hedge_delay(hedge_delay)
+    except ValueError:
+        raise ValueError(f'hedge_delay={hedge_delay}: give seconds, "p95" or "off"') from None
     return policy._replace(
+        hedge_delay=hedge,
         idempotent=policy.idempotent if idempotent is None else idempotent,
         retries=policy.retries if retries is None else retries,
         attempt_timeout=policy.attempt_timeout if attempt_timeout is None else attempt_timeout,
     )
+
+
+def _may_wait() -> bool:
+    """Whether this thread may wait for a future: not one that sees to their ends."""
+    from mprpc.futures import reader
+
+    return threading.get_ident() not in reader().threads
 
 
 def _failure(status: int, not_run: int, words: bytes, text_size: int) -> RpcError:

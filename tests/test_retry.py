@@ -15,8 +15,18 @@ import held
 import services
 import wire
 from mprpc import AsyncMprpcChannel, MprpcChannel, MprpcConfig, MprpcController
-from mprpc.errors import DeadlineExceeded, Internal, ResourceExhausted, RpcError, Status, Unavailable, Unimplemented
-from mprpc.retry import Attempts, Budget, Policy
+from mprpc.errors import (
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+    RpcError,
+    Status,
+    Unavailable,
+    Unimplemented,
+)
+from mprpc.retry import P95, Attempts, Budget, Hedging, Policy
+from mprpc.testing import EmbeddedZooKeeper
 
 S = 1_000_000_000
 UNSENT = Unavailable("refused", not_run=True)
@@ -198,6 +208,56 @@ def test_retries_stay_within_the_budget(seed: int) -> None:
     assert tokens.taken <= calls * share + now / S * rate + 10 * max(rate, 1.0)
 
 
+def test_a_hedge_begins_elsewhere_and_is_not_retried() -> None:
+    first = attempts(IDEMPOTENT)
+    assert first.next("abc") == "a"
+    second = first.hedge("a")
+    assert (second.next("abc"), second.number, first.number) == ("b", 1, 0)
+    assert second.after(UNSENT, "b", "abc", 0) == 0
+    assert second.next("abc") == "c"
+    assert second.after(BROKEN, "c", "abc", 0) is None
+
+
+def hedging(delay: float | None, share: float = 0.05) -> Hedging:
+    return Hedging(IDEMPOTENT._replace(hedge_delay=delay, hedge_share=share), contextlib.nullcontext())
+
+
+def test_hedges_are_a_share_of_the_calls() -> None:
+    hedges = hedging(0.5)
+    taken = 0
+    for _ in range(1000):
+        assert hedges.delay() == S // 2
+        taken += hedges.take(0)
+    assert taken == hedges.taken
+    assert 49 <= taken <= 50
+
+
+def test_what_is_not_idempotent_is_not_hedged() -> None:
+    assert IDEMPOTENT._replace(hedge_delay=0.0).hedges
+    assert IDEMPOTENT._replace(hedge_delay=P95).hedges
+    assert not IDEMPOTENT.hedges
+    assert not PLAIN._replace(hedge_delay=P95).hedges
+
+
+def test_the_delay_may_be_what_one_in_twenty_takes() -> None:
+    hedges = hedging(P95)
+    chance = random.Random(1)
+    for i in range(19):
+        assert hedges.delay() is None, i  # too few to know
+        hedges.lasted(S)
+    hedges.lasted(S)
+    assert S <= (hedges.delay() or 0) <= 1.1 * S
+    taken = [int(chance.expovariate(1) * S) for _ in range(5000)]
+    for each in taken:
+        hedges.lasted(each)
+    wanted = sorted(taken[-1000:])[950]
+    assert 0.8 * wanted <= (hedges.delay() or 0) <= 1.3 * wanted
+    for _ in range(5000):
+        hedges.lasted(S // 1000)
+    assert S // 1000 <= (hedges.delay() or 0) <= 1.1 * S // 1000  # what was is forgotten
+    assert len(hedges._counts) < 100
+
+
 # ---- through the faces ----
 
 ANSWER = services.accept(services.REQUEST, None)
@@ -209,29 +269,33 @@ def config_for(address: str, **keys: Any) -> MprpcConfig:
     return MprpcConfig(rpcserverip=host, rpcserverport=int(port), **({"retry_backoff": 0.001} | keys))
 
 
-def block(config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, **options: Any) -> list[Any]:
+def block(
+    config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, request: Any = services.REQUEST, **options: Any
+) -> list[Any]:
     """Each call's response, or the error that it raised."""
     with MprpcChannel(config) as channel:
         login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(**options)
-        return [outcome(lambda: login(services.REQUEST, timeout=timeout)) for _ in range(calls)]
+        return [outcome(lambda: login(request, timeout=timeout)) for _ in range(calls)]
 
 
-def submit(config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, **options: Any) -> list[Any]:
+def submit(
+    config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, request: Any = services.REQUEST, **options: Any
+) -> list[Any]:
     with MprpcChannel(config) as channel:
         login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(**options)
-        return [
-            outcome(lambda: login.future(services.REQUEST, timeout=timeout).result(wire.PATIENCE)) for _ in range(calls)
-        ]
+        return [outcome(lambda: login.future(request, timeout=timeout).result(wire.PATIENCE)) for _ in range(calls)]
 
 
-def wait(config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, **options: Any) -> list[Any]:
+def wait(
+    config: MprpcConfig, calls: int = 1, timeout: float = wire.PATIENCE, request: Any = services.REQUEST, **options: Any
+) -> list[Any]:
     async def run() -> list[Any]:
         async with AsyncMprpcChannel(config) as channel:
             login = services.user_mprpc.UserServiceRpc_AsyncStub(channel).Login.with_options(**options)
             ended = []
             for _ in range(calls):
                 try:
-                    ended.append(await login(services.REQUEST, timeout=timeout))
+                    ended.append(await login(request, timeout=timeout))
                 except RpcError as error:
                     ended.append(error)
             return ended
@@ -394,9 +458,115 @@ def test_a_pause_ends_when_the_call_is_cancelled() -> None:
     assert controller.status is Status.CANCELLED
 
 
+class Two:
+    """A slow provider and a fast one, and a registry that knows both; the slow one answers when the test says so."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.slow = held.Held()
+        zookeeper = stack.enter_context(EmbeddedZooKeeper())
+        host, _, port = zookeeper.address.rpartition(":")
+        keys: dict[str, Any] = {"zookeeperip": host, "zookeeperport": int(port)}
+        providers = [stack.enter_context(services.serving(login, **keys)) for login in (self.hold, self.count)]
+        stack.callback(self.slow.release)
+        for provider in providers:
+            assert provider.wait_registered(wire.PATIENCE)
+        self.config = MprpcConfig(**keys, hedge_share=1.0, hedge_delay="0.02")
+        self.attempts: list[int] = []
+
+    def hold(self, request: Any, controller: Any) -> Any:
+        request.name = b"hold " + request.name
+        return self.slow(request, controller)
+
+    def count(self, request: Any, controller: Any) -> Any:
+        self.attempts.append(controller.attempt)
+        if request.name == b"fail":
+            raise NotFound("nobody")
+        return services.accept(request, controller)
+
+
+@faces
+def test_the_first_answer_wins_and_the_other_request_is_cancelled(face: Face) -> None:
+    with contextlib.ExitStack() as stack:
+        two = Two(stack)
+        assert face(two.config, calls=10, idempotent=True) == [ANSWER] * 10
+        assert two.slow.calls
+        two.slow.cancelled(len(two.slow.calls))
+        assert two.attempts.count(1) >= 1  # the slow one's attempts may be either: connecting may take long, too
+        assert len(two.attempts) == 10
+
+
+@faces
+def test_without_budget_or_idempotency_nothing_is_hedged(face: Face) -> None:
+    with contextlib.ExitStack() as stack:
+        two = Two(stack)
+        answers = face(two.config.replace(hedge_share=0.0), calls=6, timeout=0.2, idempotent=True)
+        answers += face(two.config, calls=6, timeout=0.2)
+        late = [each for each in answers if isinstance(each, DeadlineExceeded)]
+        assert len(late) == len(two.slow.calls)
+        assert late
+        assert set(two.attempts) == {0}
+
+
+@faces
+def test_an_error_of_the_handler_is_an_answer(face: Face) -> None:
+    with contextlib.ExitStack() as stack:
+        two = Two(stack)
+        answers = face(two.config, calls=4, idempotent=True, request=held.named("fail"))
+        assert {each.status for each in answers} == {Status.NOT_FOUND}
+        assert two.slow.calls
+
+
+@faces
+def test_hedging_has_its_cap(face: Face) -> None:
+    with contextlib.ExitStack() as stack:
+        two = Two(stack)
+        face(two.config.replace(hedge_share=0.25), calls=40, timeout=0.06, idempotent=True)
+        assert 1 <= two.attempts.count(1) <= 10
+
+
+def test_a_hedged_call_that_is_cancelled_cancels_both() -> None:
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(held.holding()) for _ in range(2))
+        channel = stack.enter_context(MprpcChannel(first[1].address))
+        login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(idempotent=True, hedge_delay=0.0)
+        other = stack.enter_context(MprpcChannel(second[1].address))._fixed()
+        known = (channel._fixed(), other)
+        login._target = Listed(known)
+        login._hedging._budget.called(1000)
+        for _ in range(5):
+            future = login.future(held.named("hold"), timeout=wire.PATIENCE)
+            for each, _ in (first, second):
+                each.taken()
+            future.cancel()
+            for each, _ in (first, second):
+                each.cancelled()
+
+
+class Listed:
+    """A target of subchannels that the test has; always the first one's turn."""
+
+    def __init__(self, endpoints: tuple[Any, ...]) -> None:
+        self._endpoints = endpoints
+
+    def next(self) -> Any:
+        return self._endpoints[0]
+
+    def all(self, deadline: int, first: Any = None) -> tuple[Any, ...]:
+        return self._endpoints
+
+    def known(self) -> tuple[Any, ...]:
+        return self._endpoints
+
+    def failed(self, endpoint: Any) -> None:
+        pass
+
+
 def test_options_are_checked() -> None:
     with services.calling("127.0.0.1:1") as users:
         with pytest.raises(ValueError, match="retries=-1"):
             users.Login.with_options(retries=-1)
         with pytest.raises(ValueError, match="attempt_timeout=nan"):
             users.Login.with_options(attempt_timeout=float("nan"))
+        for wrong in ("p96", -1.0, ""):
+            with pytest.raises(ValueError, match="hedge_delay="):
+                users.Login.with_options(hedge_delay=wrong)
