@@ -41,8 +41,12 @@ static int link_init(PyObject *self, PyObject *args, PyObject *kwargs)
     unsigned long long at;
     PyObject *handle;
 
-    if (kwargs || k->handle || !PyArg_ParseTuple(args, "OK", &handle, &at))
+    if (!PyArg_ParseTuple(args, "OK", &handle, &at))
         return -1;
+    if (kwargs || k->handle || !at) {
+        PyErr_SetString(PyExc_TypeError, "Link(handle, address), once");
+        return -1;
+    }
     Py_INCREF(handle);
     k->handle = handle;
     k->link = (struct mprpc_link *)(uintptr_t)at;
@@ -178,13 +182,14 @@ static int plain_timeout(const Call *self, PyObject *timeout, uint64_t *ns)
     if (!PyFloat_CheckExact(timeout) && !PyLong_CheckExact(timeout))
         return 0;
     double seconds = PyFloat_AsDouble(timeout);
-    if (seconds == -1.0 && PyErr_Occurred())
+    if (PyErr_Occurred()) {
         PyErr_Clear(); /* a whole number beyond any float */
-    else if (seconds <= LONGEST)
-        *ns = seconds > 0.0 ? (uint64_t)(seconds * 1e9) : 0;
-    else
+        return 0;
+    }
+    if (!(seconds <= LONGEST))
         return 0; /* infinity, or no number at all */
-    return !PyErr_Occurred();
+    *ns = seconds > 0.0 ? (uint64_t)(seconds * 1e9) : 0;
+    return 1;
 }
 
 static PyObject *general(Call *self, PyObject *args, PyObject *kwargs)
@@ -206,7 +211,7 @@ static Link *connected(Call *self, PyObject **endpoint)
         Py_XINCREF(*endpoint);
     if (*endpoint && *endpoint != Py_None)
         link = PyObject_GetAttr(*endpoint, name_link);
-    if (link && Py_TYPE(link) == link_type)
+    if (link && Py_TYPE(link) == link_type && ((Link *)link)->link)
         return (Link *)link;
     Py_XDECREF(link);
     PyErr_Clear();
@@ -284,6 +289,10 @@ static PyObject *call_send(PyObject *object, PyObject *args)
     if (!PyArg_ParseTuple(args, "OO!SKkK", &g.endpoint, link_type, &link, &g.payload, &timeout, &number, &flag))
         return NULL;
     g.link = (Link *)link;
+    if (!((Call *)object)->names || !g.link->link) {
+        PyErr_SetString(PyExc_TypeError, "_send() of a call or a link that was not initialised");
+        return NULL;
+    }
     g.timeout = timeout;
     g.number = (uint32_t)number;
     g.cancelled = (const struct mprpc_flag *)(uintptr_t)flag;

@@ -1,0 +1,211 @@
+"""The plain call in C: what it takes, what it hands to Python, and that nothing is left behind on any way out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import mprpc
+import services
+import wire
+from held import Held
+from mprpc import DeadlineExceeded, Internal, MprpcChannel, NotFound, RpcProvider, UnaryCall
+from mprpc._native import lib
+from mprpc.fast import native
+from services import REQUEST, LoginRequest, LoginResponse, user_mprpc, user_pb2
+
+HOLD, FAIL = LoginRequest(name=b"hold"), LoginRequest(name=b"fail")
+LARGE = LoginRequest(name=b"x" * 100_000)
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def provider(held: Held) -> Iterator[RpcProvider]:
+    with services.serving(held) as provider:
+        yield provider
+
+
+@pytest.fixture
+def users(provider: RpcProvider) -> Iterator[Any]:
+    with services.calling(provider, timeout=wire.PATIENCE) as users:
+        users.Login(REQUEST)
+        yield users
+
+
+def test_a_plain_call_runs_no_line_of_python(users: Any) -> None:
+    """Else it is not plain any more, and a quarter of its own time is lost."""
+    entered: list[str] = []
+    sys.setprofile(lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        users.Login(REQUEST)
+        users.Login(REQUEST, 5.0)
+        users.Login(REQUEST, timeout=5)
+    finally:
+        sys.setprofile(None)
+    assert entered == []
+
+
+def test_it_is_a_unary_call_of_a_stub(users: Any) -> None:
+    assert isinstance(users.Login, UnaryCall)
+    assert callable(users.Login.future)
+    assert "One method, callable" in (UnaryCall.__doc__ or "")
+
+
+@pytest.mark.parametrize("timeout", [None, 5, 5.0, float("inf"), pytest.param(10**400, id="huge"), True])
+def test_every_way_to_give_a_timeout(users: Any, timeout: Any) -> None:
+    for answer in (users.Login(REQUEST, timeout), users.Login(REQUEST, timeout=timeout)):
+        assert answer.success
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, -1, -1.0, 0.02])
+def test_a_timeout_passes(users: Any, timeout: float) -> None:
+    for call in (lambda: users.Login(HOLD, timeout), lambda: users.Login(HOLD, timeout=timeout)):
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            call()
+        assert time.monotonic() - began < wire.PATIENCE / 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((), {}),
+        ((REQUEST, 1.0, None, 4), {}),
+        ((REQUEST,), {"patience": 1.0}),
+        ((REQUEST, 1.0), {"timeout": 1.0}),
+        ((REQUEST, "1.0"), {}),
+        ((None,), {}),
+        ((LoginResponse(),), {}),
+        ((b"request",), {"timeout": 1.0}),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_a_type_error(users: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    with pytest.raises(TypeError):
+        users.Login(*arguments[0], **arguments[1])
+    assert users.Login(REQUEST).success
+
+
+def test_not_a_number_is_no_timeout(users: Any) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        users.Login(REQUEST, timeout=float("nan"))
+
+
+def test_request_by_name_and_controller_are_pythons(users: Any) -> None:
+    assert users.Login(request=REQUEST).success
+    controller = mprpc.MprpcController()
+    assert users.Login(REQUEST, None, controller).success
+    assert controller.peer
+
+
+def test_large_responses_and_errors(users: Any) -> None:
+    assert users.Login(LARGE).result.errmsg == LARGE.name
+    with pytest.raises(NotFound, match="fail"):
+        users.Login(FAIL)
+
+
+def test_a_response_that_does_not_parse() -> None:
+    def answer(peer: wire.Peer) -> None:
+        for payload in (b"\xff", b"\xff" * 20_000, LoginResponse(success=True).SerializeToString()):
+            header, _ = peer.frame()
+            peer.send(wire.response(header.call_id, payload))
+        peer.rest()
+
+    with wire.FakeProvider(answer) as provider, services.calling(provider.address, timeout=wire.PATIENCE) as users:
+        for _ in range(2):
+            with pytest.raises(Internal, match=r"the response is no fixbug.LoginResponse"):
+                users.Login(REQUEST)
+        assert users.Login(REQUEST) == LoginResponse(success=True)
+
+
+def test_a_connection_dropped_under_its_call_is_freed_after_it(users: Any, held: Held) -> None:
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(users.Login(HOLD)))
+    thread.start()
+    held.taken()
+    endpoint = users.Login._target.next()
+    endpoint.drop(endpoint.link)
+    assert endpoint.link is None
+    gc.collect()
+    assert users.Login(REQUEST).success  # on another one
+    held.calls[0][2].set_result(LoginResponse(success=True))
+    thread.join(wire.PATIENCE)
+    assert answers == [LoginResponse(success=True)]
+
+
+def test_calls_and_links_are_made_only_whole() -> None:
+    for arguments in ((), (1,), ("handle", 0), ("handle", "address")):
+        with pytest.raises(TypeError):
+            native.Link(*arguments)
+    with pytest.raises(TypeError):
+        native.Call()
+    half = native.Call.__new__(native.Call)
+    with pytest.raises(AttributeError):
+        half(REQUEST)
+    with pytest.raises(TypeError):
+        half._send(None, native.Link.__new__(native.Link), b"", 1, 0, 0)
+
+
+def test_a_forgotten_call_is_collected(provider: RpcProvider) -> None:
+    channel = MprpcChannel(provider.address)
+    call = user_mprpc.UserServiceRpc_Stub(channel).Login
+    call.itself = call
+    gone = weakref.ref(call)
+    channel.close()
+    del call, channel
+    gc.collect()
+    assert gone() is None
+
+
+def ended(call: Callable[..., Any], *arguments: Any) -> None:
+    with contextlib.suppress(mprpc.RpcError, TypeError):
+        call(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(REQUEST,), (REQUEST, 5.0), (LARGE,), (FAIL,), (REQUEST, 0.0), (LoginResponse(),), (REQUEST, "soon")],
+    ids=["plain", "timeout", "large", "failed", "late", "wrong request", "wrong timeout"],
+)
+def test_no_way_out_of_a_call_leaves_a_reference(users: Any, arguments: tuple[Any, ...]) -> None:
+    call = users.Login
+    endpoint = call._target.next()
+    watched = [call, endpoint, endpoint.link, user_pb2.LoginRequest, user_pb2.LoginResponse, arguments[0], None]
+
+    def counts() -> list[int]:
+        for _ in range(300):
+            ended(call, *arguments)
+        gc.collect()
+        return [sys.getrefcount(each) for each in watched] + [sys.getallocatedblocks() // 200]
+
+    counts()
+    before, after = counts(), counts()
+    assert all(abs(a - b) < 100 for a, b in zip(before, after, strict=True)), (before, after)
+
+
+def test_a_broken_connection_leaves_none() -> None:
+    """Each call finds its connection closed and makes another."""
+    with services.serving() as provider, services.calling(provider, timeout=wire.PATIENCE) as users:
+
+        def objects() -> int:
+            for _ in range(50):
+                users.Login(REQUEST)
+                lib.mprpc_link_close(users.Login._target.next().link.handle)
+            gc.collect()
+            return len(gc.get_objects())
+
+        objects()
+        before = objects()
+        assert objects() - before < 30
