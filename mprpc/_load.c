@@ -93,6 +93,11 @@ void mprpc_load_begin(struct mprpc_load *l)
     atomic_fetch_add_explicit(&l->in_flight, 1u, memory_order_relaxed);
 }
 
+void mprpc_load_leave(struct mprpc_load *l)
+{
+    atomic_fetch_sub_explicit(&l->in_flight, 1u, memory_order_relaxed);
+}
+
 void mprpc_load_end(struct mprpc_load *l, uint64_t began, uint64_t now, enum mprpc_load_verdict verdict)
 {
     uint64_t took = now > began ? now - began : 0;
@@ -134,6 +139,11 @@ void mprpc_load_snapshot(const struct mprpc_load *l, uint64_t now, struct mprpc_
         .succeeded_at = atomic_load_explicit(&l->succeeded_at, memory_order_relaxed),
         .failed_at = atomic_load_explicit(&l->failed_at, memory_order_relaxed),
     };
+}
+
+uint32_t mprpc_load_in_flight(const struct mprpc_load *l)
+{
+    return atomic_load_explicit(&l->in_flight, memory_order_relaxed);
 }
 
 uint64_t mprpc_load_cost(const struct mprpc_load *l, uint64_t now)

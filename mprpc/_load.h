@@ -30,12 +30,15 @@ struct mprpc_load *mprpc_load_hold(struct mprpc_load *load);
 void mprpc_load_drop(struct mprpc_load *load); /* the last one frees it */
 
 void mprpc_load_begin(struct mprpc_load *load);
+/* One that has begun and was no call, but the making of a connection: meanwhile others go elsewhere. */
+void mprpc_load_leave(struct mprpc_load *load);
 /* One that has begun. began: when. */
 void mprpc_load_end(struct mprpc_load *load, uint64_t began, uint64_t now, enum mprpc_load_verdict verdict);
 /* A failure that was no call: it could not be reached. */
 void mprpc_load_fail(struct mprpc_load *load, uint64_t now);
 
 void mprpc_load_snapshot(const struct mprpc_load *load, uint64_t now, struct mprpc_load_snapshot *to);
+uint32_t mprpc_load_in_flight(const struct mprpc_load *load);
 /* How long a call more would take as far as can be said: latency x (calls in flight + 1), ns. Not known: 0 while nothing
  * is in flight, so that it is tried; then more than any known one, so that not all try it at once. */
 uint64_t mprpc_load_cost(const struct mprpc_load *load, uint64_t now);

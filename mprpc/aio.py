@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
+from copy import copy
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -35,9 +36,11 @@ from mprpc.subchannel import new_link, split_address
 from mprpc.unary_call import UnaryCall, changed_policy, policy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Coroutine, Iterable, Sequence
     from types import TracebackType
 
+    from mprpc.balancer import Strategy
+    from mprpc.pool import EndpointState
     from mprpc.retry import Attempts, Hedging, Policy
     from mprpc.subchannel import Subchannel
 
@@ -63,8 +66,10 @@ class AsyncMprpcChannel:
         *,
         timeout: float | None = None,
         dialect: str | None = None,
+        balancer: str | Strategy | None = None,
+        tags: Sequence[str] | None = None,
     ) -> None:
-        self._channel = MprpcChannel(target, timeout=timeout, dialect=dialect)
+        self._channel = MprpcChannel(target, timeout=timeout, dialect=dialect, balancer=balancer, tags=tags)
         self._hubs: dict[asyncio.AbstractEventLoop, _Hub] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -72,6 +77,10 @@ class AsyncMprpcChannel:
     def unary_call(self, method: MethodDescriptor, response_class: type[Response]) -> AsyncUnaryCall[Any, Response]:
         """The callable for one method; generated stubs ask for theirs here."""
         return AsyncUnaryCall(self, method, response_class)
+
+    def endpoints(self) -> list[EndpointState]:
+        """As `MprpcChannel.endpoints`."""
+        return self._channel.endpoints()
 
     async def close(self) -> None:
         """Ends all connections, other event loops' too; calls in flight and later ones fail with Unavailable."""
@@ -128,6 +137,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
         self._method = method
         self._response_class = response_class
         self._policy = policy_of(channel._channel._config, method) if policy is None else policy
+        self._key: bytes | None = None
         self._made: UnaryCall[Any, Response] | None = None
 
     def __call__(
@@ -136,6 +146,13 @@ class AsyncUnaryCall(Generic[Request, Response]):
         if controller is not None:
             return self._controlled(request, timeout, controller)
         return self._call(request, timeout, None)
+
+    def keyed(self, key: bytes) -> AsyncUnaryCall[Request, Response]:
+        """As `UnaryCall.keyed`."""
+        made = copy(self)
+        made._key = key
+        made._made = None if self._made is None else self._made.keyed(key)
+        return made
 
     async def _controlled(self, request: Request, timeout: float | None, controller: MprpcController) -> Response:
         loop, failed = asyncio.get_running_loop(), None
@@ -177,7 +194,10 @@ class AsyncUnaryCall(Generic[Request, Response]):
     ) -> AsyncUnaryCall[Request, Response]:
         """As `UnaryCall.with_options`."""
         policy = changed_policy(self._policy, idempotent, retries, attempt_timeout, hedge_delay)
-        return AsyncUnaryCall(self._channel, self._method, self._response_class, policy)
+        made: AsyncUnaryCall[Request, Response]
+        made = AsyncUnaryCall(self._channel, self._method, self._response_class, policy)
+        made._key = self._key
+        return made
 
     async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
         outer = context.handled()
@@ -298,6 +318,8 @@ class AsyncUnaryCall(Generic[Request, Response]):
         else:
             run = asyncio.get_running_loop().run_in_executor
             made = await run(None, UnaryCall, channel, self._method, self._response_class, self._policy)
+        if self._key is not None:
+            made = made.keyed(self._key)
         if self._made is None:  # callers at the same time go on with one: what looks for a provider is shared by it
             self._made = made
         return self._made
@@ -543,13 +565,14 @@ class _Hub:
         with contextlib.suppress(Unavailable):  # there is no list yet
             return target.all(0, first)
         while True:
-            finding, until = self._finding.get(target) or self._find(target, deadline)
+            finding, until = self._finding.get(target.whole) or self._find(target.whole, deadline)
             left = (deadline - time.monotonic_ns()) / _NS
             await asyncio.wait({finding}, timeout=max(0.0, left) + _GRACE)
             if not finding.done():
                 raise Unavailable(f"{call._method.full_name}: no provider was found within the deadline", not_run=True)
             if finding.exception() is None or until >= deadline or time.monotonic_ns() < until:
-                return finding.result()  # else it looked no longer than for a call with a nearer deadline
+                found = finding.result()  # else it looked no longer than for a call with a nearer deadline
+                return found if target is target.whole else target.all(0, first)
 
     def _find(self, target: Any, deadline: int) -> tuple[asyncio.Future[tuple[Subchannel, ...]], int]:
         """Looks for a list on a thread of its own; callers at the same time share it."""
@@ -598,14 +621,17 @@ class _Hub:
         return task.result()
 
     async def _connect(self, endpoint: Subchannel) -> _Link:
-        if endpoint.address.startswith("memory:"):
-            from mprpc import memory
-
-            handle = memory.connect(endpoint.address, self._config.max_payload)
-        else:
-            handle = await self._connect_socket(endpoint)
+        measure = endpoint.measure
+        lib.mprpc_load_begin(measure)
+        try:
+            handle = await self._connect_link(endpoint)
+        except Unavailable as error:
+            endpoint.unreachable(error.text)
+            raise
+        finally:
+            lib.mprpc_load_leave(measure)
         endpoint.reached()
-        lib.mprpc_link_measure(handle, endpoint.measure)
+        lib.mprpc_link_measure(handle, measure)
         link = _Link(handle, endpoint.address)
         lib.mprpc_link_attach(link.handle, self._box.handle, True)
         self.links[endpoint.address] = link
@@ -613,16 +639,18 @@ class _Hub:
         self._loop.add_reader(link.descriptor, self._readable, link)
         return link
 
-    async def _connect_socket(self, endpoint: Subchannel) -> Any:
+    async def _connect_link(self, endpoint: Subchannel) -> Any:
+        if endpoint.address.startswith("memory:"):
+            from mprpc import memory
+
+            return memory.connect(endpoint.address, self._config.max_payload)
         connect = self._config.connect_timeout
         try:
             connection = await asyncio.wait_for(self._reach(endpoint.address), connect)
         except asyncio.TimeoutError:
-            self._not_reached(endpoint)
             text = f"can't connect to {endpoint.address}: no connection within {connect:.3g} s"
             raise Unavailable(text, not_run=True) from None
         except OSError as error:
-            self._not_reached(endpoint)
             text = f"can't connect to {endpoint.address}: {error.strerror or error}"
             raise Unavailable(text, not_run=True) from None
         descriptor = connection.detach()
@@ -631,11 +659,6 @@ class _Hub:
             os.close(descriptor)
             raise Unavailable(f"can't connect to {endpoint.address}: no memory for a connection", not_run=True)
         return handle
-
-    @staticmethod
-    def _not_reached(endpoint: Subchannel) -> None:
-        lib.mprpc_load_fail(endpoint.measure, time.monotonic_ns())
-        endpoint.rest()
 
     async def _reach(self, address: str) -> socket.socket:
         host, port = split_address(address)

@@ -22,7 +22,7 @@ from mprpc.errors import ConfigError, RpcError, Unavailable
 from mprpc.retry import Budget, Hedging, Policy
 from mprpc.service import attribute_of
 from mprpc.subchannel import Subchannel, channel_closed, split_address
-from mprpc.target import Fixed, Found
+from mprpc.target import Fixed, Found, Target
 from mprpc.unary_call import UnaryCall, nanoseconds
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from types import TracebackType
 
+    from mprpc.balancer import Strategy
+    from mprpc.pool import EndpointState, Pools
     from mprpc.registry import Endpoint, Registry, ServiceView, Snapshot
 
 __all__ = ["MprpcChannel", "stub"]
@@ -45,7 +47,9 @@ class MprpcChannel:
     `target`: an `MprpcConfig` (its `zookeeperip` says where to find providers; without one, rpcserverip:rpcserverport
     is called), or an address, `host:port`, `[::1]:port` or `unix:/path`. `timeout`: seconds for calls that give none,
     by default the key `call_timeout`. `dialect`: "framed" or "classic" (the C++ framework's), by default the key
-    `dialect`, whose "auto" speaks classic only to endpoints that are known from the seed's znodes alone.
+    `dialect`, whose "auto" speaks classic only to endpoints that are known from the seed's znodes alone. `balancer`:
+    how providers are chosen, a word as for the key `balancer` or a `Strategy`. `tags`: only providers that have all of
+    these are called, by default those of the key `call_tags`.
 
     Any thread, any number at once. Connections are made when first needed and made again when they end.
     """
@@ -56,6 +60,8 @@ class MprpcChannel:
         *,
         timeout: float | None = None,
         dialect: str | None = None,
+        balancer: str | Strategy | None = None,
+        tags: Sequence[str] | None = None,
     ) -> None:
         config = target if isinstance(target, MprpcConfig) else MprpcConfig()
         self._config = config
@@ -74,6 +80,8 @@ class MprpcChannel:
         self._endpoints: dict[tuple[str, bool], Subchannel] = {}
         self._views: dict[str, ServiceView] = {}
         self._found: weakref.WeakSet[Found] = weakref.WeakSet()
+        self._chooses = balancer, tags
+        self._known_pools: Pools | None = None
         _channels.add(self)
 
     # ---- calls ----
@@ -116,7 +124,7 @@ class MprpcChannel:
 
     def _listed(self, service: str) -> Callable[[], tuple[Subchannel, ...]]:
         def endpoints() -> tuple[Subchannel, ...]:
-            return self._endpoints_of(self._views[service].snapshot.endpoints)
+            return self._endpoints_of(self._views[service].snapshot.endpoints, service)
 
         return endpoints
 
@@ -138,6 +146,14 @@ class MprpcChannel:
                 raise why or Unavailable("no provider is registered", not_run=True)
             threading.Event().wait(min(0.02, left / _NS))  # nobody tells when a port is opened
 
+    def endpoints(self) -> list[EndpointState]:
+        """What is known of each endpoint of each service that was called, as it is now."""
+        if not self._address:
+            return self._pools().states()
+        from mprpc.pool import fixed_state
+
+        return [fixed_state(self._fixed())]
+
     def close(self) -> None:
         """Ends all connections; calls in flight and later ones fail with Unavailable. Bounded, and may be repeated."""
         with self._lock:
@@ -146,6 +162,8 @@ class MprpcChannel:
             self._registry = None
         for endpoint in endpoints:
             endpoint.close()
+        if self._known_pools is not None:
+            self._known_pools.close()
         if registry is not None:
             registry.close()
 
@@ -159,7 +177,7 @@ class MprpcChannel:
 
     # ---- what calls use ----
 
-    def _target(self, method: MethodDescriptor) -> Fixed | Found:
+    def _target(self, method: MethodDescriptor) -> Target:
         service = method.containing_service
         if self._address:
             return Fixed(self._fixed())
@@ -203,12 +221,21 @@ class MprpcChannel:
             self._endpoints[key] = Subchannel(address, classic, self._config)
         return self._endpoints[key]
 
-    def _endpoints_of(self, found: Sequence[Endpoint]) -> tuple[Subchannel, ...]:
+    def _pools(self) -> Pools:
+        pools = self._known_pools
+        if pools is None:
+            from mprpc.pool import Pools
+
+            with self._lock:
+                pools = self._known_pools = self._known_pools or Pools(self._config, *self._chooses)
+        return pools
+
+    def _endpoints_of(self, found: Sequence[Endpoint], service: str) -> tuple[Subchannel, ...]:
         always, never = self._dialect == "classic", self._dialect == "framed"
         with self._lock:
             endpoints = tuple(self._endpoint(each.address, always or (each.classic and not never)) for each in found)
         for endpoint, each in zip(endpoints, found, strict=True):
-            endpoint.registered(each.id)
+            endpoint.listed(each.id, service, self._pools().told)
         return endpoints
 
     def _keep_only(self, snapshot: Snapshot) -> None:
@@ -225,7 +252,7 @@ class MprpcChannel:
         self._budget = _budget(self._config)
         for hedging in list(self._hedgings):
             hedging.forget_forked(threading.Lock())
-        self._registry = None
+        self._registry = self._known_pools = None
         self._views.clear()
         for endpoint in self._endpoints.values():
             endpoint.forget_forked()

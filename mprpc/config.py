@@ -381,6 +381,13 @@ class MprpcConfig(_Checked):
     weight: float = _key(1.0, _Number(0, 1000, "a number"), "share of the calls, relative to other providers")
     zone: str = _key("", _Text("one word", _is_word), "where this process runs; the own zone is called first")
     tags: tuple[str, ...] = _key((), _Words(), "words between commas that callers can choose by")
+    balancer: str = _key(
+        "p2c",
+        _Choice("p2c", "round_robin", "weighted_random", "least_in_flight", "consistent_hash"),
+        "p2c, round_robin, weighted_random, least_in_flight or consistent_hash",
+    )
+    slow_start: float = _key(5.0, _Number(0, 3600), "seconds in which a provider that has come gets its share of calls")
+    call_tags: tuple[str, ...] = _key((), _Words(), "only providers that have all of these tags are called")
     snapshot_dir: str = _key("", _PATH, 'directory that keeps the last lists of providers; "": none')
     loops: int = _key(1, _Whole(1, 64), "event loops, a thread each")
     workers: int = _key(1, _Whole(1, 64), "processes that serve, for run() alone; 1: run() serves by itself")

@@ -1,27 +1,38 @@
 """A subchannel: one endpoint's address and the kept-alive connection to it.
 
 It connects when first asked and again when the connection has ended; several calls that need it at the same time share
-one attempt. One that could not be reached rests, longer each time, and others go first meanwhile.
+one attempt. What calls meet there goes into its health (`outliers.py`): one that can't be used rests, longer each time,
+and others get the calls meanwhile. That matters where there are others: who lists it says so with `watch`.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakMethod
 
 from mprpc._native import ffi, lib
-from mprpc.errors import Unavailable
+from mprpc.errors import RpcError, Status, Unavailable
 from mprpc.fast import native
+from mprpc.outliers import Health
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mprpc.config import MprpcConfig
+
+    Watcher = Callable[["Subchannel", bool], None]
 
 __all__ = ["Load", "Subchannel", "channel_closed", "new_link", "split_address"]
 
+_log = logging.getLogger("mprpc.balancer")
+
 _NS = 1_000_000_000
-_REST_FIRST, _REST_LONGEST = 0.1, 30.0  # seconds that an endpoint rests that could not be reached, doubling
+# Answers that speak against an endpoint which gives them more often than others do: it can't, or its handlers raise.
+_FAULTS = frozenset((Status.UNAVAILABLE, Status.INTERNAL))
 
 
 class Load(NamedTuple):
@@ -52,18 +63,107 @@ class Subchannel:
         self._closed = False
         self._id = ""
         self._failed_at = float("-inf")
-        self._rest = 0.0
-        self._rests_until = 0.0
+        self._service = ""  # that it is probed for
+        self._watcher: WeakMethod[Watcher] | None = None
+        self._probed = False  # ever
+        self._judging = threading.Lock()  # of health
+        self.health = Health()
 
-    def registered(self, identity: str) -> None:
-        """Listed under that id. Another one than before is another provider, which need not wait for the rest's end."""
+    # ---- its health ----
+
+    def listed(self, identity: str, service: str, watcher: Watcher) -> None:
+        """It is in the service's list, under that id. Another one than before is another provider, which need not wait
+        for the rest's end. `watcher`, a bound method that is held weakly, is told of what speaks against it, and
+        whether its health has changed; on any thread."""
+        if self._watcher is None or self._service != service:
+            self._service, self._watcher = service, WeakMethod(watcher)
         if identity != self._id:
             self._id = identity
-            self.reached()
+            with self._judging:
+                self.health.forget()
 
-    def resting(self) -> bool:
-        """Whether it could not be reached lately: others go first."""
-        return self.link is None and time.monotonic() < self._rests_until
+    def unreachable(self, why: str) -> None:
+        """No connection could be made."""
+        lib.mprpc_load_fail(self.measure, time.monotonic_ns())
+        self._judge(why, 0)
+
+    def broke(self, why: str) -> None:
+        """A connection ended, not in good order, with a call in flight."""
+        self._judge(why, 1)
+
+    def outlier(self) -> None:
+        """It fails far more often than its peers."""
+        self._judge("it fails more often than the others do", 0)
+
+    def silent(self, calls: int = 1) -> None:
+        """A call had no answer, or no connection, within its deadline."""
+        self._judge("", calls)
+
+    def answered(self, error: RpcError) -> None:
+        """A call was answered with that."""
+        if error.status in _FAULTS and not error.not_run:
+            with self._judging:
+                self.health.failures += 1
+            self._tell(False)
+
+    def reached(self) -> None:
+        """A connection could be made."""
+        if self.health.out:
+            with self._judging:
+                changed = self.health.back(time.monotonic())
+            if changed:
+                self._tell(True)
+
+    def _judge(self, why: str, calls: int) -> None:
+        """It rests, or without a reason is suspected; where it is the only one there is no use in that."""
+        if self._watcher is None:
+            return
+        now = time.monotonic()
+        with self._judging:
+            self.health.failures += calls
+            changed = self.health.rest(now, why) if why else self.health.suspect(now)
+        if changed:
+            _log.info("%s of %s %s", self.address, self._service, why or "did not answer: it is probed")
+            self._probe_later()
+        self._tell(changed)
+
+    def _tell(self, changed: bool) -> None:
+        watcher = self._watcher() if self._watcher is not None else None
+        if watcher is not None:
+            watcher(self, changed)
+
+    def _probe_later(self) -> None:
+        from mprpc import timekeeper
+
+        self._probed = True
+        timekeeper.at(self.health.rests_until, self._probe)
+
+    def _probe(self) -> None:
+        """What is due at the end of a rest. The connection goes, too, if there is no answer: it may be a black hole."""
+        now = time.monotonic()
+        if self._closed or not self.health.out or now < self.health.rests_until:
+            return
+        answered = self._answers()
+        with self._judging:
+            back = self.health.probed(answered, time.monotonic())
+        if not back:
+            self.drop(self.link)
+            self._probe_later()
+        self._tell(True)
+
+    def _answers(self) -> bool:
+        deadline = time.monotonic_ns() + int(self._config.connect_timeout * _NS)
+        if self.classic or self.address.startswith("memory:"):  # nobody answers a PING there
+            try:
+                self.socket(deadline).close() if self.classic else self._link(deadline)
+            except Unavailable:
+                return False
+            return True
+        from mprpc.probe import probe
+
+        return probe(self.address, self._service, self._config.connect_timeout)
+
+    # ---- its connection ----
 
     @property
     def load(self) -> Load:
@@ -92,15 +192,21 @@ class Subchannel:
             self._lock.release()
 
     def _reach(self, deadline: int) -> Any:
+        measure = self.measure
+        lib.mprpc_load_begin(measure)
         try:
             link = self._link(deadline)
-        except Unavailable:
+        except Unavailable as error:
             self._failed_at = time.monotonic()
-            lib.mprpc_load_fail(self.measure, time.monotonic_ns())
-            self.rest()
+            if time.monotonic_ns() < deadline:
+                self.unreachable(error.text)
+            else:  # which may have been too near
+                self.silent(0)
             raise
+        finally:
+            lib.mprpc_load_leave(measure)
         self.reached()
-        lib.mprpc_link_measure(link, self.measure)
+        lib.mprpc_link_measure(link, measure)
         return native.Link(link, int(ffi.cast("uintptr_t", link)))
 
     def _link(self, deadline: int) -> Any:
@@ -116,17 +222,6 @@ class Subchannel:
             raise self._unreachable("no memory for a connection")
         connection.detach()
         return link
-
-    def rest(self) -> None:
-        """It could not be reached; longer each time, but once for attempts at the same time."""
-        now = time.monotonic()
-        if now >= self._rests_until:
-            self._rest = min(max(_REST_FIRST, self._rest * 2), _REST_LONGEST)
-            self._rests_until = now + self._rest
-
-    def reached(self) -> None:
-        """It could be reached, or there is a reason to think so."""
-        self._rest = self._rests_until = 0.0
 
     def socket(self, deadline: int) -> socket.socket:
         """A new connected socket; as connect()."""
@@ -162,7 +257,7 @@ class Subchannel:
 
     def forget_forked(self) -> None:
         """In a forked child: freeing the link closes its descriptor and sends nothing."""
-        self._lock = threading.Lock()
+        self._lock, self._judging = threading.Lock(), threading.Lock()
         self.link = self.mailed = None
         self.measure = _new_measure()  # the parent's calls end there
 
@@ -172,6 +267,10 @@ class Subchannel:
             link, self.link = self.link, None
         if link is not None:
             lib.mprpc_link_close(link.handle)
+        if self._probed:
+            from mprpc import timekeeper
+
+            timekeeper.forget(self)
 
 
 def new_link(descriptor: int, config: MprpcConfig) -> Any:

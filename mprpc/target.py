@@ -1,28 +1,25 @@
 """A target: which subchannels a method's calls go to, and in which order.
 
-`Fixed` is the one address that a channel was given; `Found` is what the registry's snapshot lists for the method.
+`Fixed` is the one address that a channel was given; `Found` is what the registry's snapshot lists for the method, in a
+pool (`pool.py`) that the service's methods share. `Keyed` is that for calls with a key.
 """
 
 from __future__ import annotations
 
 import time
-from itertools import count
 from typing import TYPE_CHECKING
 
-from mprpc.subchannel import Subchannel
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from google.protobuf.descriptor import ServiceDescriptor
 
     from mprpc.channel import MprpcChannel
-    from mprpc.registry import ServiceView, Snapshot
+    from mprpc.pool import Pool
+    from mprpc.registry import ServiceView
+    from mprpc.subchannel import Subchannel
 
-__all__ = ["Fixed", "Found"]
+__all__ = ["Fixed", "Found", "Keyed", "Target"]
 
 _NS = 1_000_000_000
-_SHARES_MAX = 100  # turns of the heaviest endpoint for one of the lightest; a finer weight is not worth a longer list
 
 
 class Fixed:
@@ -31,10 +28,18 @@ class Fixed:
     def __init__(self, endpoint: Subchannel) -> None:
         self._endpoint = endpoint
 
-    def next(self) -> Subchannel | None:
+    @property
+    def whole(self) -> Fixed:
+        return self
+
+    def keyed(self, key: bytes) -> Fixed:
+        """All keys go to the one address."""
+        return self
+
+    def next(self, key: bytes | None = None) -> Subchannel | None:
         return self._endpoint
 
-    def all(self, deadline: int, first: Subchannel | None = None) -> tuple[Subchannel, ...]:
+    def all(self, deadline: int, first: Subchannel | None = None, key: bytes | None = None) -> tuple[Subchannel, ...]:
         return (self._endpoint,)
 
     def known(self) -> tuple[Subchannel, ...]:
@@ -49,43 +54,42 @@ class Fixed:
 
 
 class Found:
-    """What the registry lists for one method, taken in turn, each as often as its weight says."""
+    """What the registry lists for one method; the balancer chooses."""
 
     def __init__(self, channel: MprpcChannel, service: ServiceDescriptor, method: str) -> None:
         self._channel = channel
         self._service = service
         self._method = method
         self._view: ServiceView | None = channel._view(service)
-        self._seen: Snapshot | None = None
-        self._endpoints: tuple[Subchannel, ...] = ()  # each once
-        self._turns: tuple[Subchannel, ...] = ()
-        self._turn = count()
+        self._pool: Pool | None = None
 
-    def next(self) -> Subchannel | None:
-        if self._view is None or self._view.snapshot is not self._seen:
-            self._renew()
-        turns = self._turns
-        if len(turns) == 1:
-            return turns[0]
-        return turns[next(self._turn) % len(turns)] if turns else None
+    @property
+    def whole(self) -> Found:
+        return self
 
-    def all(self, deadline: int, first: Subchannel | None = None) -> tuple[Subchannel, ...]:
+    def keyed(self, key: bytes) -> Keyed:
+        return Keyed(self, key)
+
+    def next(self, key: bytes | None = None) -> Subchannel | None:
+        """Where the next call goes, None as long as there is no list."""
+        pool, view = self._pool, self._view
+        if pool is None or view is None or view.snapshot is not pool.seen:
+            pool = self._renew()
+        return pool.only or pool.next(key)
+
+    def all(self, deadline: int, first: Subchannel | None = None, key: bytes | None = None) -> tuple[Subchannel, ...]:
         """Every endpoint once, from `first` or else the next in turn; waits for the first list. Raises Unavailable
         without one. `first` is whose turn it was: with another turn taken for it, one that is not connected yet would
         be passed over again and again."""
-        view = self._renew()
-        if not self._endpoints:
-            view.wait(max(0.0, (deadline - time.monotonic_ns()) / _NS))
-            self._renew()
-        endpoints = self._endpoints
-        if first not in endpoints:
-            first = self.next()
-        start = endpoints.index(first) if first is not None else 0
-        return tuple(sorted(endpoints[start:] + endpoints[:start], key=Subchannel.resting))
+        pool = self._renew()
+        if not pool and self._view is not None:
+            self._view.wait(max(0.0, (deadline - time.monotonic_ns()) / _NS))
+            pool = self._renew()
+        return pool.all(first or pool.next(key))
 
     def known(self) -> tuple[Subchannel, ...]:
         """Every endpoint of the list as it is, in no order."""
-        return self._endpoints
+        return self._pool.known if self._pool is not None else ()
 
     def failed(self, endpoint: Subchannel) -> None:
         """A call went on to the next endpoint: does the list still hold?"""
@@ -93,37 +97,56 @@ class Found:
             self._view.report_down(endpoint.address)
 
     def nobody(self) -> str:
-        return "no provider is registered for this method"
+        return self._pool.nobody() if self._pool is not None else "no provider was looked for"
 
-    def _renew(self) -> ServiceView:
+    def _renew(self) -> Pool:
         view = self._view
         if view is None:
             view = self._view = self._channel._view(self._service)
         snapshot = view.snapshot
-        if snapshot is not self._seen:
+        pool = self._pool = self._channel._pools().of(
+            self._service.full_name, self._method if snapshot.by_method else ""
+        )
+        if snapshot is not pool.seen:
             found = snapshot.for_method(self._method)
-            endpoints = self._channel._endpoints_of(found)
-            self._turns = tuple(endpoints[i] for i in _shares([each.weight for each in found]))
-            self._endpoints = tuple(dict.fromkeys(self._turns))
+            pool.update(snapshot, found, self._channel._endpoints_of(found, self._service.full_name))
             self._channel._keep_only(snapshot)
-            self._seen = snapshot
-        return view
+        return pool
 
     def forget_forked(self) -> None:
         """In a forked child: the parent's list stands still there, so another is followed."""
-        self._view = self._seen = None
-        self._endpoints = self._turns = ()
+        self._view = self._pool = None
 
 
-def _shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Indices in the order of their turns: as many as the weight says, spread evenly.
+class Keyed:
+    """A target for calls with one key, which a balancer of the kind of consistent_hash goes by."""
 
-    A weight of 0 gets none, unless all are equal.
-    """
-    if len(set(weights)) <= 1:
-        return tuple(range(len(weights)))
-    positive = [weight for weight in weights if weight > 0]
-    unit = max(min(positive), max(positive) / _SHARES_MAX)
-    shares = [max(1, round(weight / unit)) if weight > 0 else 0 for weight in weights]
-    turns = sorted(((turn + 0.5) / share, i) for i, share in enumerate(shares) for turn in range(share))
-    return tuple(i for _, i in turns)
+    def __init__(self, target: Found, key: bytes) -> None:
+        self._target = target
+        self._key = key
+
+    @property
+    def whole(self) -> Found:
+        """What looks for the list, for all keys."""
+        return self._target
+
+    def keyed(self, key: bytes) -> Keyed:
+        return Keyed(self._target, key)
+
+    def next(self) -> Subchannel | None:
+        return self._target.next(self._key)
+
+    def known(self) -> tuple[Subchannel, ...]:
+        return self._target.known()
+
+    def failed(self, endpoint: Subchannel) -> None:
+        self._target.failed(endpoint)
+
+    def nobody(self) -> str:
+        return self._target.nobody()
+
+    def all(self, deadline: int, first: Subchannel | None = None) -> tuple[Subchannel, ...]:
+        return self._target.all(deadline, first, self._key)
+
+
+Target = Fixed | Found | Keyed

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
     from mprpc.futures import CallFuture, Mail
     from mprpc.subchannel import Subchannel
+    from mprpc.target import Target
 
 __all__ = ["UnaryCall", "changed_policy", "names_on_wire", "nanoseconds", "policy_of"]
 
@@ -127,16 +128,19 @@ class UnaryCall(_Call, Generic[Request, Response]):
         self._max_payload = channel._config.max_payload
         self._policy = policy_of(channel._config, method) if policy is None else policy
         self._hurries = self._policy.idempotent and self._policy.attempt_timeout > 0.0
-        target = self._target = channel._target(method)
+        self._hedging = channel._new_hedging(self._policy) if self._policy.hedges else None
+        self._begin(channel._target(method))
+
+    def _begin(self, target: Target) -> None:
+        self._target = target
         super().__init__(
             self._request_class,
-            response_class,
+            self._response_class,
             self._names,
             self._timeout_ns,
             self._max_payload,
             *((None, target.next()) if isinstance(target, Fixed) else (target.next, None)),
         )
-        self._hedging = channel._new_hedging(self._policy) if self._policy.hedges else None
         self._plain = not self._hurries and self._hedging is None
         self._calls = 0  # since the last one that had to ask for a retry
 
@@ -172,7 +176,17 @@ class UnaryCall(_Call, Generic[Request, Response]):
         What is None stays as it is. Raises ValueError.
         """
         policy = changed_policy(self._policy, idempotent, retries, attempt_timeout, hedge_delay)
-        return UnaryCall(self._channel, self._method, self._response_class, policy)
+        made: UnaryCall[Request, Response] = UnaryCall(self._channel, self._method, self._response_class, policy)
+        made._begin(self._target)
+        return made
+
+    def keyed(self, key: bytes) -> UnaryCall[Request, Response]:
+        """The same for calls that belong together: `stub.Login.keyed(b"user 7")(request)`. With the balancer
+        consistent_hash those with one key go to one provider, as long as it has room."""
+        made: UnaryCall[Request, Response] = UnaryCall.__new__(UnaryCall)
+        made.__dict__.update(self.__dict__)
+        made._begin(self._target.keyed(key))
+        return made
 
     def future(
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
@@ -377,18 +391,19 @@ class UnaryCall(_Call, Generic[Request, Response]):
         call = ffi.cast("struct mprpc_call *", at)
         if outcome == lib.MPRPC_CALL_FAILED:
             words = bytes(ffi.buffer(call.words, call.text_size + call.details_size)) if call.words else b""
-            return _failure(call.status, call.not_run, words, call.text_size)
+            return _failure(endpoint, call.status, call.not_run, words, call.text_size)
         return self._broken(endpoint, link, outcome, call.reason, call.sent)
 
     def _mail_error(self, endpoint: Subchannel, link: Any, mail: Mail, data: bytes) -> RpcError:
         _, outcome, reason, offset, text_size, details_size, status, not_run, sent = mail
         if outcome == lib.MPRPC_CALL_FAILED:
-            return _failure(status, not_run, data[offset : offset + text_size + details_size], text_size)
+            return _failure(endpoint, status, not_run, data[offset : offset + text_size + details_size], text_size)
         return self._broken(endpoint, link, outcome, reason, sent)
 
     def _broken(self, endpoint: Subchannel, link: Any, outcome: int, reason: int, sent: int) -> RpcError:
         name, address = self._method.full_name, endpoint.address
         if outcome == lib.MPRPC_CALL_TIMEOUT:
+            endpoint.silent()
             return DeadlineExceeded(f"{name}: no answer from {address} within the call's deadline")
         if outcome == lib.MPRPC_CALL_CANCELLED:
             return self._cancelled(not_run=not sent)
@@ -397,6 +412,8 @@ class UnaryCall(_Call, Generic[Request, Response]):
             text = f"{name}: {address} takes no more now: {crowd}"
             return ResourceExhausted(text, not_run=True)
         endpoint.drop(link)
+        if sent and reason not in (lib.MPRPC_LINK_CLOSED, lib.MPRPC_LINK_GOAWAY):
+            endpoint.broke(_why(reason))
         return Unavailable(f"{name}: {address}: {_why(reason)}", not_run=not sent)
 
     def _cancelled(self, not_run: bool) -> Cancelled:
@@ -491,10 +508,12 @@ def _may_wait() -> bool:
     return threading.get_ident() not in reader().threads
 
 
-def _failure(status: int, not_run: int, words: bytes, text_size: int) -> RpcError:
+def _failure(endpoint: Subchannel, status: int, not_run: int, words: bytes, text_size: int) -> RpcError:
     """What the provider said: the text, then the details."""
     text = words[:text_size].decode(errors="replace")
-    return RpcError(status, text, not_run=bool(not_run), details=words[text_size:])
+    error = RpcError(status, text, not_run=bool(not_run), details=words[text_size:])
+    endpoint.answered(error)
+    return error
 
 
 def nanoseconds(timeout: float) -> int:

@@ -1081,7 +1081,7 @@ def peers(users: Any, calls: int) -> Counter[str]:
 def test_weights_and_overrides_are_honoured_without_a_restart() -> None:
     with EmbeddedZooKeeper(clock=Clock()) as zookeeper, contextlib.ExitStack() as stack:
         host, _, port = zookeeper.hosts.partition(":")
-        config = MprpcConfig(zookeeperip=host, zookeeperport=int(port))
+        config = MprpcConfig(zookeeperip=host, zookeeperport=int(port), balancer="round_robin", slow_start=0.0)
         keys: dict[str, Any] = {"zookeeperip": host, "zookeeperport": int(port)}
         light = stack.enter_context(services.serving(**keys))
         heavy = stack.enter_context(services.serving(**keys, weight=3.0))

@@ -20,6 +20,7 @@ from kazoo.client import KazooClient
 from kazoo.exceptions import NoNodeError
 
 import generated
+import mprpc.outliers
 import mprpc.registry
 import mprpc.subchannel
 import mprpc.unary_call
@@ -65,7 +66,8 @@ def embedded() -> Iterator[EmbeddedZooKeeper]:
 
 @pytest.fixture
 def config(embedded: EmbeddedZooKeeper) -> MprpcConfig:
-    return MprpcConfig(zookeeperip=embedded.hosts, session_timeout=4.0)
+    keys = {"balancer": "round_robin", "slow_start": 0.0}  # so that it is certain whose turn it is
+    return MprpcConfig(zookeeperip=embedded.hosts, session_timeout=4.0, **keys)
 
 
 @contextmanager
@@ -145,12 +147,19 @@ def wait_until_answered_by(call: Call, names: set[int]) -> None:
     assert {call() for _ in range(MANY)} == names
 
 
+class Watcher:
+    def told(self, endpoint: Any, changed: bool) -> None:
+        """A pool would make its candidates anew."""
+
+
 def test_many_callers_make_one_attempt_at_a_dead_provider(config: MprpcConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each caller that had waited for the connection tried again, and each doubled the rest, up to half a minute."""
     threads = 8
     attempts: list[str] = []
     waiting, refused, began = threading.Barrier(threads + 1), threading.Event(), time.monotonic()
     endpoint = mprpc.subchannel.Subchannel(dead_address(), False, config)
+    watcher = Watcher()
+    endpoint.listed("1", "mprpc.test.LedgerRpc", watcher.told)
     connect = endpoint.socket
 
     def slow(deadline: int) -> Any:
@@ -176,15 +185,15 @@ def test_many_callers_make_one_attempt_at_a_dead_provider(config: MprpcConfig, m
     with pytest.raises(mprpc.Unavailable):  # whose call began before: it had chosen the endpoint already
         endpoint.connect(2**62, began)
     assert len(attempts) == 1
-    assert endpoint.resting()
-    assert 0.0 < endpoint._rest < 0.15
+    assert endpoint.health.out
+    assert endpoint.health.rests == 1
 
 
 def test_a_provider_that_is_registered_anew_does_not_wait_for_the_rest_of_the_one_before(
     config: MprpcConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed provider is listed until its session ends; its successor at that address must not rest in its place."""
-    monkeypatch.setattr(mprpc.subchannel, "_REST_FIRST", 30.0)
+    monkeypatch.setattr(mprpc.outliers, "REST_FIRST", 30.0)
     address = dead_address()
     host, _, port = address.partition(":")
     with ExitStack() as stack:

@@ -470,7 +470,7 @@ class Two:
         stack.callback(self.slow.release)
         for provider in providers:
             assert provider.wait_registered(wire.PATIENCE)
-        self.config = MprpcConfig(**keys, hedge_share=1.0, hedge_delay="0.02")
+        self.config = MprpcConfig(**keys, hedge_share=1.0, hedge_delay="0.02", balancer="round_robin")
         self.attempts: list[int] = []
 
     def hold(self, request: Any, controller: Any) -> Any:

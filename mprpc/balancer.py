@@ -1,0 +1,416 @@
+"""The balancer: which of a service's endpoints gets the next call.
+
+    listed ──► tags ──► those that don't rest ──► zone ──► weights, slow start ──► Candidates ──► Strategy.pick
+
+All that changes seldom (a new list, a rest, a step of the slow start) is worked into an immutable `Candidates`; a pick
+only reads that, in under 2 µs however long it is. A strategy is one method, `pick`; those here are stateless but for
+what they keep with the candidates (`derived`, `lasting`), so that one serves any number of lists and threads.
+
+Rules: never more than half of a list rests; past that all are used again. A weight of 0 gets nothing, unless all have
+it. The own zone gets all calls as long as its healthy endpoints can take its share of them, and beyond that what they
+can. No thread, socket or clock: time (`now`) and the random generator are given.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from hashlib import blake2b, shake_128
+from itertools import accumulate, cycle
+from math import ceil
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from mprpc.layout import Endpoint
+    from mprpc.outliers import Health
+
+__all__ = ["STRATEGIES", "Balancer", "Candidate", "Candidates", "Load", "Strategy", "strategy"]
+
+_OVERPROVISIONED = 1.4  # a zone's endpoints can take this much more than their share (Envoy's overprovisioning factor)
+_STEPS = 20  # of a slow start; each makes new Candidates
+_FINEST = 100  # turns of the heaviest endpoint for one of the lightest; a finer weight is not worth a longer list
+_TURNS = 8  # turns for each endpoint of a long list: what bounds the list of turns
+_LOOKS = 5  # of least_in_flight at a long list
+_POINTS = 128  # on the ring for the heaviest endpoint, a power of two; one of half its weight has half as many
+_BOUND = 1.25  # calls in flight that consistent_hash allows an endpoint, times the average
+_SUMS = 16  # endpoints whose calls in flight one pick adds up: the sum over n is made anew every n/16 picks
+
+
+class Load(Protocol):
+    """What an endpoint's calls tell of it."""
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that have been sent and not answered."""
+
+    @property
+    def ended(self) -> int:
+        """Calls that have ended, all told."""
+
+    @property
+    def latency(self) -> int:
+        """Nanoseconds: an average that jumps to a slow call at once and forgets slowly; 0 as long as none is known."""
+
+    def cost(self, now: int) -> int:
+        """How long another call would take at `now` (monotonic ns), about: latency x (in_flight + 1). Where no latency
+        is known it is 0 for one that is idle, so that it gets its first call, and more than any other's if it isn't."""
+
+
+class Candidate:
+    """One endpoint of one service: what the registry lists, and what this channel knows of it."""
+
+    __slots__ = ("address", "endpoint", "health", "load", "subchannel", "weight")
+
+    def __init__(self, endpoint: Endpoint, load: Load, health: Health, subchannel: Any = None) -> None:
+        self.address = endpoint.address
+        self.endpoint = endpoint
+        self.weight = endpoint.weight
+        """As it is listed; what counts now is in `Candidates.weights`."""
+        self.load = load
+        self.health = health
+        self.subchannel = subchannel
+
+    @property
+    def ended(self) -> int:
+        """Its calls that have ended, all told."""
+        return self.load.ended
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}>"
+
+
+class Candidates(tuple[Candidate, ...]):
+    """Those that may get a call now, in the order of the list; immutable."""
+
+    weights: tuple[float, ...]
+    """The share of each relative to the others: 1.0 on average."""
+    even: bool
+    """All weights are the same."""
+    cumulative: list[float]
+    """Sums of the weights up to each, itself included."""
+    total: float
+    listed: Sequence[Candidate]
+    """With those that rest, the same object until there is another list."""
+    derived: dict[object, Any]
+    """What a strategy makes of these candidates, once, under a key of its own."""
+    lasting: dict[object, Any]
+    """The same for what it makes of `listed`."""
+
+    @classmethod
+    def of(
+        cls,
+        chosen: Iterable[Candidate],
+        weights: Sequence[float],
+        listed: Sequence[Candidate] | None = None,
+        lasting: dict[object, Any] | None = None,
+    ) -> Candidates:
+        made = cls(chosen)
+        average = sum(weights) / len(made) if made else 1.0
+        made.weights = tuple(weight / average for weight in weights)
+        made.even = len(set(weights)) <= 1
+        made.cumulative = list(accumulate(made.weights))
+        made.total = made.cumulative[-1] if made else 0.0
+        made.listed = made if listed is None else listed
+        made.derived = {}
+        made.lasting = {} if lasting is None else lasting
+        return made
+
+
+class Strategy(Protocol):
+    """How an endpoint is chosen: `MprpcChannel(config, balancer=MyStrategy())`."""
+
+    def pick(self, candidates: Candidates, key: bytes | None) -> Candidate:
+        """One of two or more. `key` is the call's, None for most (`stub.Login.keyed(key)`).
+
+        It is called for every call, on the caller's thread and on any number at once: it must be quick, and must not
+        block."""
+
+
+class PowerOfTwo:
+    """p2c: of two drawn by weight, the one where another call costs less, by its calls in flight and their latency.
+
+    It spreads calls nearly as evenly as looking at all would, looks at two, and leaves alone whoever has become slow.
+    Chance has a part in it, or small differences would decide, and one slow answer would keep an idle endpoint without
+    calls for long: where a call costs twice as much it goes one time in nine, where 20 times as much, one in 8000.
+    """
+
+    def __init__(self, random: Callable[[], float], clock: Callable[[], int]) -> None:
+        self._random = random
+        self._clock = clock
+
+    def pick(self, candidates: Candidates, key: bytes | None) -> Candidate:
+        if not candidates.even:
+            return self._pick_weighted(candidates)
+        random, n = self._random, len(candidates)
+        i, j = int(random() * n), int(random() * (n - 1))
+        one, other = candidates[i], candidates[j + (j >= i)]  # two: against itself a slow one would win
+        now = self._clock()
+        a, b = one.load.cost(now), other.load.cost(now)
+        a, b = a * a * a, b * b * b
+        return other if random() * (a + b) < a else one
+
+    def _pick_weighted(self, candidates: Candidates) -> Candidate:
+        cumulative, last = candidates.cumulative, len(candidates) - 1
+        i = bisect(cumulative, self._random() * candidates.total, 0, last)
+        before, weight = cumulative[i - 1] if i else 0.0, candidates.weights[i]
+        at = self._random() * (candidates.total - weight)  # anywhere but in the first one's stretch
+        j = bisect(cumulative, at if at < before else at + weight, 0, last)
+        now, weights = self._clock(), candidates.weights
+        one, other = candidates[i], candidates[j]
+        a, b = _cost(one.load, weights[i], now), _cost(other.load, weights[j], now)
+        a, b = a * a * a, b * b * b
+        return other if self._random() * (a + b) < a else one
+
+
+def _cost(load: Load, weight: float, now: int) -> float:
+    """Its cost if it had as many calls in flight as fall to a weight of 1."""
+    cost, calls = load.cost(now), load.in_flight
+    return cost * (calls / weight + 1.0) / (calls + 1) if calls else cost
+
+
+class RoundRobin:
+    """All in turn, each as often as its weight says, spread evenly."""
+
+    def pick(self, candidates: Candidates, key: bytes | None) -> Candidate:
+        turns = candidates.derived.get(RoundRobin)
+        if turns is None:
+            order = candidates if candidates.even else [candidates[i] for i in shares(candidates.weights)]
+            turns = candidates.derived.setdefault(RoundRobin, cycle(order).__next__)
+        chosen: Candidate = turns()
+        return chosen
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """Indices in the order of their turns: as many as the weight says (at least one), spread evenly."""
+    bound = max(_FINEST * 10, _TURNS * len(weights))
+    unit = max(min(weights), max(weights) / _FINEST, sum(weights) / bound)
+    turns = []
+    for i, weight in enumerate(weights):
+        share = max(1, round(weight / unit))
+        turns += [((turn + 0.5) / share, i) for turn in range(share)]
+    return [i for _, i in sorted(turns)]
+
+
+class WeightedRandom:
+    """Any, as likely as its weight says."""
+
+    def __init__(self, random: Callable[[], float]) -> None:
+        self._random = random
+
+    def pick(self, candidates: Candidates, key: bytes | None) -> Candidate:
+        at = self._random() * candidates.total
+        return candidates[bisect(candidates.cumulative, at, 0, len(candidates) - 1)]
+
+
+class LeastInFlight:
+    """The one with the fewest calls in flight for its weight; of many, the best of five drawn by weight."""
+
+    def __init__(self, random: Callable[[], float]) -> None:
+        self._random = random
+
+    def pick(self, candidates: Candidates, key: bytes | None) -> Candidate:
+        n, random = len(candidates), self._random
+        best, fewest = candidates[0], float("inf")
+        first = int(random() * n)
+        for look in range(min(n, _LOOKS)):
+            if n <= _LOOKS:
+                i = (first + look) % n
+            else:
+                i = bisect(candidates.cumulative, random() * candidates.total, 0, n - 1)
+            calls = candidates[i].load.in_flight / candidates.weights[i]
+            if calls < fewest:
+                best, fewest = candidates[i], calls
+            if not calls and n > _LOOKS:
+                break
+        return best
+
+
+class ConsistentHash:
+    """Calls with one key go to one endpoint, as long as that has room: then to the next on the ring.
+
+    Room is 1.25 times the average of calls in flight (bounded loads, Mirrokni et al., 2016), by weight. An endpoint
+    that leaves or rests gives its keys to the others and takes nobody else's along. A call without a key goes anywhere.
+    """
+
+    def __init__(self, random: Callable[[], float]) -> None:
+        self._random = random
+
+    def pick(self, candidates: Candidates, key: bytes | None) -> Candidate:
+        ring, owners = candidates.lasting.get(ConsistentHash) or self._ring(candidates)
+        state: _Room = candidates.derived.get(ConsistentHash) or self._room(candidates)
+        i = bisect(ring, int(self._random() * _ROUND) if key is None else _point(key)) % len(ring)
+        allowed = state.allowed()
+        chosen = state.places[owners[i]]
+        if chosen is not None and candidates[chosen].load.in_flight < ceil(allowed * candidates.weights[chosen]):
+            return candidates[chosen]
+        return self._walk(candidates, state, owners, i, allowed)
+
+    @staticmethod
+    def _walk(candidates: Candidates, state: _Room, owners: Sequence[int], i: int, allowed: float) -> Candidate:
+        """The next one on the ring that has room. There is one: together they may have more than there is."""
+        first: Candidate | None = None
+        seen = set()
+        for step in range(len(owners)):
+            owner = owners[(i + step) % len(owners)]
+            if owner in seen:
+                continue
+            seen.add(owner)
+            place = state.places[owner]
+            if place is not None:
+                first = first or candidates[place]
+                if candidates[place].load.in_flight < ceil(allowed * candidates.weights[place]):
+                    return candidates[place]
+        return first or candidates[0]
+
+    @staticmethod
+    def _ring(candidates: Candidates) -> tuple[list[int], list[int]]:
+        """Points in order, and whose they are: the index in `listed`. Both change only with the list."""
+        listed = candidates.listed
+        heaviest = max(each.weight for each in listed)
+        unit = 1.0  # a power of two: it stays the same when an endpoint comes or goes
+        while unit * 2 <= heaviest:
+            unit *= 2
+        while heaviest and unit > heaviest:
+            unit /= 2
+        points = sorted(
+            point << 20 | i for i, each in enumerate(listed) for point in _points(each, each.weight / unit or 1.0)
+        )
+        made = [point >> 20 for point in points], [point & 0xFFFFF for point in points]
+        candidates.lasting[ConsistentHash] = made
+        return made
+
+    @staticmethod
+    def _room(candidates: Candidates) -> _Room:
+        made = candidates.derived[ConsistentHash] = _Room(candidates)
+        return made
+
+
+def _point(key: bytes) -> int:
+    return int.from_bytes(blake2b(key, digest_size=4).digest(), "big")
+
+
+_ROUND = 1 << 32
+_STRATA = [int(f"{i:07b}"[::-1], 2) for i in range(_POINTS)]  # in an order of which each beginning is spread evenly
+
+
+def _points(candidate: Candidate, share: float) -> list[int]:
+    """Where on the ring it is: in each of 128 equal parts once, which shares more evenly than anywhere would."""
+    count = max(1, round(_POINTS * share))
+    drawn = shake_128(candidate.address.encode()).digest(4 * count)
+    part = _ROUND // _POINTS
+    return [
+        _STRATA[i % _POINTS] * part + int.from_bytes(drawn[4 * i : 4 * i + 4], "little") % part for i in range(count)
+    ]
+
+
+class _Room:
+    """How many calls in flight an endpoint of weight 1 may have."""
+
+    def __init__(self, candidates: Candidates) -> None:
+        self._candidates = candidates
+        self._every = max(1, len(candidates) // _SUMS)
+        self._left = self._sum = 0
+        index = {id(each): i for i, each in enumerate(candidates)}
+        self.places = [index.get(id(each)) for each in candidates.listed]
+
+    def allowed(self) -> float:
+        self._left -= 1
+        if self._left <= 0:
+            self._left = self._every
+            self._sum = sum([each.load.in_flight for each in self._candidates])
+        self._sum += 1
+        return _BOUND * self._sum / self._candidates.total
+
+
+STRATEGIES = ("p2c", "round_robin", "weighted_random", "least_in_flight", "consistent_hash")
+
+
+def strategy(name: str, random: Callable[[], float], clock: Callable[[], int]) -> Strategy:
+    """The one of that name. `random` gives numbers from 0 to under 1, `clock` monotonic nanoseconds."""
+    if name == "p2c":
+        return PowerOfTwo(random, clock)
+    if name == "round_robin":
+        return RoundRobin()
+    if name == "weighted_random":
+        return WeightedRandom(random)
+    if name == "least_in_flight":
+        return LeastInFlight(random)
+    if name == "consistent_hash":
+        return ConsistentHash(random)
+    raise ValueError(f"balancer={name!r}: give {', '.join(STRATEGIES)}, or an object with a method pick")
+
+
+class Balancer:
+    """One list of endpoints, and which of them are candidates. Calls of its methods come one at a time."""
+
+    def __init__(self, *, zone: str = "", tags: Iterable[str] = (), slow_start: float = 0.0) -> None:
+        self._zone = zone
+        self._tags = frozenset(tags)
+        self._slow_start = slow_start
+        self._lasting: dict[object, Any] = {}
+        self.listed: tuple[Candidate, ...] = ()
+        """Those of the list that have the tags."""
+        self.candidates = Candidates.of((), ())
+        self.panic = False
+        """More than half rest, so that all are used."""
+        self.weightless = False
+        """All of them have a weight of 0, so that it means nothing."""
+
+    def update(self, listed: Iterable[Candidate], now: float) -> float | None:
+        """There is another list. Returns when the slow start's next step is due, None for no slow start.
+
+        The candidate of an instance that was listed before may be the same or another one. One that is new to a list
+        that others were in starts slowly.
+        """
+        chosen = tuple(each for each in listed if self._tags.issubset(each.endpoint.tags))
+        known = {(each.address, each.endpoint.id) for each in self.listed}
+        for each in chosen:
+            if known and (each.address, each.endpoint.id) not in known:
+                each.health.warm(now)
+        self.listed, self._lasting = chosen, {}
+        return self.refresh(now)
+
+    def refresh(self, now: float) -> float | None:
+        """Something has changed: an endpoint's health, or a step of the slow start is due. Returns as update()."""
+        positive: Sequence[Candidate] = [each for each in self.listed if each.weight > 0]
+        self.weightless = not positive
+        positive = positive or self.listed
+        well = [each for each in positive if not each.health.out]
+        suspected = sum(each.health.suspected for each in positive)  # only for as long as a probe takes
+        self.panic = (len(positive) - len(well) - suspected) * 2 > len(positive)
+        if len(well) * 2 < len(positive):
+            well = list(positive)
+        shares = [each.health.share(now, self._slow_start) for each in well]
+        weights = [(each.weight or 1.0) * share for each, share in zip(well, shares, strict=True)]
+        part = self._own_part(positive, well)
+        if part is not None:
+            well, weights = self._divided(well, weights, part)
+        self.candidates = Candidates.of(well, weights, self.listed, self._lasting)
+        return now + self._slow_start / _STEPS if any(share < 1.0 for share in shares) else None
+
+    def _own_part(self, listed: Sequence[Candidate], well: Sequence[Candidate]) -> float | None:
+        """The part of the calls that the own zone gets; None where zones don't matter.
+
+        Callers are taken to be spread evenly over the zones, so that its share is one of the number of zones.
+        """
+        zones = {each.endpoint.zone for each in listed}
+        if not self._zone or self._zone not in zones or len(zones) == 1:
+            return None
+        able = sum((each.weight or 1.0) for each in well if each.endpoint.zone == self._zone)
+        return min(1.0, _OVERPROVISIONED * len(zones) * able / sum((each.weight or 1.0) for each in listed))
+
+    def _divided(
+        self, well: Sequence[Candidate], weights: Sequence[float], part: float
+    ) -> tuple[list[Candidate], list[float]]:
+        own = [each.endpoint.zone == self._zone for each in well]
+        ours = sum(weight for weight, mine in zip(weights, own, strict=True) if mine)
+        theirs = sum(weights) - ours
+        if theirs <= 0.0:
+            part = 1.0
+        divided = []
+        for each, weight, mine in zip(well, weights, own, strict=True):
+            new = weight * part / ours if mine else weight * (1.0 - part) / theirs
+            if new > 0.0:
+                divided.append((each, new))
+        return [each for each, _ in divided], [weight for _, weight in divided]
