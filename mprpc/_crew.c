@@ -1,8 +1,12 @@
 /* Strategy: a seat holds one number. A leader writes a new one before each handler, and after it changes the number that
  * it left there: only if nobody else has, it still leads. The watcher, one of those who stand by, looks at all seats
- * every period, without the interpreter's lock; a number that it sees twice is a handler that takes long, and it changes
- * that number itself: then it leads, and the thread that comes back from the handler finds another number. So no clock
- * is read for a fast handler. When it leaves, another one watches. When no batch runs it sleeps until one begins.
+ * every period, without the interpreter's lock; a number that it sees twice is a handler that takes long. Then it changes
+ * that number itself: now it leads, and the thread that comes back from the handler finds another number. So no clock is
+ * read for a fast handler. When no batch runs the watcher sleeps until one begins; when it leaves, another one watches.
+ *
+ * A handler may stand still only because another thread has the interpreter's lock, or its core. To relieve its leader
+ * would help nobody then: who comes had to wait for the same. So the watcher first gets what it needs to lead, and if
+ * that took long itself, it waits until it is sure.
  *
  * Numbers only grow, and each is used once: what was true of one when it was seen is true of no other. */
 #define _GNU_SOURCE
@@ -19,10 +23,21 @@ enum {
     STEP = 4,
 };
 
+/* One loop's. Whoever finds here the number that it wrote leads the loop. */
+struct seat {
+    _Alignas(64) _Atomic uint64_t run;
+    struct mprpc_member *leader; /* what follows is under the crew's mutex */
+    uint64_t seen, since;        /* the number at the last look, and when it was seen first */
+    uint64_t asked;              /* the last number that somebody came for */
+    int suspected;               /* somebody is on the way to relieve its leader */
+};
+
 struct mprpc_member {
     struct mprpc_crew *crew;
-    struct mprpc_seat *seat; /* which it leads, also while it does not know yet that it was relieved */
-    uint64_t run;            /* the number that it left there */
+    struct seat *seat; /* which it leads, also while it does not know yet that it was relieved */
+    uint64_t run;      /* the number that it left there */
+    uint32_t suspects; /* the seat that it was sent for */
+    uint64_t looked;   /* when */
     pthread_cond_t called;   /* what follows is under the crew's mutex */
     struct mprpc_member *below; /* in the stack of those who wait */
     int waits;
@@ -37,7 +52,7 @@ struct mprpc_crew {
     uint64_t period, relieved;
     uint32_t seats, threads, queued_max, members, standing, busy, queued, quiet;
     int stopped;
-    struct mprpc_seat seat[];
+    struct seat seat[];
 };
 
 static uint64_t clock_ns(void)
@@ -93,6 +108,11 @@ int mprpc_leader_ends(struct mprpc_member *m)
     return atomic_compare_exchange_strong(&m->seat->run, &expected, m->run);
 }
 
+void mprpc_leader_goes_on(struct mprpc_member *m)
+{
+    atomic_store_explicit(&m->seat->run, m->run | RUNNING, memory_order_release);
+}
+
 void mprpc_leader_rests(struct mprpc_member *m)
 {
     m->run &= ~(uint64_t)BATCH;
@@ -100,19 +120,6 @@ void mprpc_leader_rests(struct mprpc_member *m)
 }
 
 /* ---- the watcher ---- */
-
-/* Gives a seat to m. */
-static void seat(struct mprpc_crew *c, struct mprpc_seat *s, struct mprpc_member *m, uint64_t run)
-{
-    if (s->leader) {
-        s->leader->busy = 1;
-        c->busy++;
-        c->relieved++;
-    }
-    s->leader = m;
-    m->seat = s;
-    m->run = run;
-}
 
 /* Whether a batch is under way anywhere. */
 static int batches(struct mprpc_crew *c)
@@ -123,22 +130,28 @@ static int batches(struct mprpc_crew *c)
     return 0;
 }
 
-/* Looks at all seats: one whose leader m has just relieved, or -1. */
+/* Looks at all seats: one whose leader may have to be relieved, or -1. */
 static int look(struct mprpc_crew *c, struct mprpc_member *m)
 {
+    uint64_t now = clock_ns();
     int found = -1;
 
+    c->look = now;
     for (uint32_t i = 0; i < c->seats && found < 0; i++) {
-        struct mprpc_seat *s = &c->seat[i];
-        uint64_t run = atomic_load(&s->run), then = (run & ~(uint64_t)RUNNING) + STEP;
-        if (run & RUNNING && run == s->seen && c->busy < c->threads &&
-            atomic_compare_exchange_strong(&s->run, &run, then)) { /* else it has just ended */
-            seat(c, s, m, then);
+        struct seat *s = &c->seat[i];
+        uint64_t run = atomic_load(&s->run), number = run & ~(uint64_t)RUNNING;
+        if (number != s->seen) {
+            s->seen = number;
+            s->since = now;
+        } else if (run & RUNNING && !s->suspected && c->busy < c->threads &&
+                   (s->asked != number || now - s->since >= MPRPC_CREW_SURE * c->period)) {
+            s->asked = number;
+            s->suspected = 1;
+            m->suspects = i;
+            m->looked = now;
             found = (int)i;
         }
-        s->seen = run;
     }
-    c->look = clock_ns();
     return found;
 }
 
@@ -224,6 +237,15 @@ static int find_work(struct mprpc_crew *c, struct mprpc_member *m)
     }
 }
 
+/* One thread more than there is work for, so that a surprise finds somebody. */
+static int want_another(struct mprpc_crew *c)
+{
+    int want = !c->standing && !c->stopped && c->members < c->seats + c->threads + 1;
+
+    c->members += (uint32_t)want;
+    return want;
+}
+
 int mprpc_crew_stand_by(struct mprpc_member *m, int *wanted)
 {
     struct mprpc_crew *c = m->crew;
@@ -242,10 +264,40 @@ int mprpc_crew_stand_by(struct mprpc_member *m, int *wanted)
         if (c->waiting)
             call(c, c->waiting);
     }
-    *wanted = work != MPRPC_CREW_STOP && !c->standing && c->members < c->seats + c->threads + 1;
-    c->members += (uint32_t)*wanted;
+    *wanted = work == MPRPC_CREW_JOB && want_another(c);
     pthread_mutex_unlock(&c->mutex);
     return work;
+}
+
+/* Gives a seat to m. */
+static void seat(struct mprpc_crew *c, struct seat *s, struct mprpc_member *m, uint64_t run)
+{
+    if (s->leader) {
+        s->leader->busy = 1;
+        c->busy++;
+        c->relieved++;
+    }
+    s->leader = m;
+    m->seat = s;
+    m->run = run;
+}
+
+int mprpc_crew_relieve(struct mprpc_member *m, int *wanted)
+{
+    struct mprpc_crew *c = m->crew;
+    struct seat *s = &c->seat[m->suspects];
+
+    pthread_mutex_lock(&c->mutex);
+    uint64_t now = clock_ns(), expected = s->seen | RUNNING;
+    int sure = now - m->looked < c->period / 2 || now - s->since >= MPRPC_CREW_SURE * c->period;
+    s->suspected = 0;
+    int leads = sure && s->seen == s->asked && c->busy < c->threads &&
+                atomic_compare_exchange_strong(&s->run, &expected, s->seen + STEP); /* else it has ended */
+    if (leads)
+        seat(c, s, m, s->seen + STEP);
+    *wanted = leads && want_another(c);
+    pthread_mutex_unlock(&c->mutex);
+    return leads;
 }
 
 int mprpc_crew_queue(struct mprpc_crew *c)
@@ -309,7 +361,7 @@ struct mprpc_crew *mprpc_crew_new(uint32_t seats, uint32_t threads, uint32_t que
     *c = (struct mprpc_crew){.period = period, .seats = seats, .threads = threads, .queued_max = queued_max,
                              .members = seats + 1};
     for (uint32_t i = 0; i < seats; i++)
-        c->seat[i] = (struct mprpc_seat){0};
+        c->seat[i] = (struct seat){0};
     pthread_mutex_init(&c->mutex, NULL);
     return c;
 }

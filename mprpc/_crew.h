@@ -7,7 +7,8 @@
 #include <stdint.h>
 
 enum {
-    MPRPC_CREW_PERIOD = 2000000, /* ns between two looks at the seats: what runs at both is taken for slow */
+    MPRPC_CREW_PERIOD = 2000000, /* ns between two looks at the seats: what runs at both may be slow */
+    MPRPC_CREW_SURE = 25,        /* periods after which it is, whatever else may have kept it from going on */
     MPRPC_CREW_QUIET = 8,        /* periods without a batch after which nobody looks any more */
     MPRPC_CREW_JOB = -1,
     MPRPC_CREW_STOP = -2,
@@ -17,13 +18,6 @@ enum {
 };
 
 struct mprpc_crew;
-
-/* One loop's. Whoever finds here the number that it wrote leads the loop. */
-struct mprpc_seat {
-    _Alignas(64) _Atomic uint64_t run;
-    uint64_t seen; /* at the last look */
-    struct mprpc_member *leader;
-};
 
 /* One thread's, which alone touches it, but for what the crew keeps under its mutex. */
 struct mprpc_member;
@@ -41,10 +35,14 @@ void mprpc_member_free(struct mprpc_member *member);            /* its thread ha
 /* This thread leads from now on. Before the seat's first run. */
 void mprpc_crew_lead(struct mprpc_member *member, uint32_t seat);
 
-/* Waits for something to do, a seat, whose loop it leads from now on, or one of the constants above. A seat is either
- * given up by a leader whose handler takes long, or free for the first time. *wanted: nobody is left who stands by, start
- * one more thread before anything else. One whose job has ended, or who was relieved and is done, comes back here. */
+/* Waits for something to do: one of the constants above, or a seat whose leader's handler seems to take long, for
+ * mprpc_crew_relieve. One whose job has ended, whose loop has stopped, or who was relieved and is done, comes back here.
+ * *wanted: nobody is left who stands by, start one more thread before anything else. */
 int mprpc_crew_stand_by(struct mprpc_member *member, int *wanted);
+/* After mprpc_crew_stand_by has returned a seat, and this thread has all that it needs to lead, such as the interpreter's
+ * lock: 1, it leads that loop from now on; 0, the handler has ended, or may only wait for what this thread had to wait
+ * for, too. */
+int mprpc_crew_relieve(struct mprpc_member *member, int *wanted);
 /* Any thread. A job waits, which one thread will be sent for: 0, or -1 when queued_max wait or the crew has stopped. */
 int mprpc_crew_queue(struct mprpc_crew *crew);
 /* Any thread. All who stand by, and who come to, go. Jobs that wait are nobody's any more. */
@@ -62,6 +60,8 @@ void mprpc_crew_statistics(struct mprpc_crew *crew, struct mprpc_crew_statistics
 void mprpc_leader_begins(struct mprpc_member *member);
 /* It has ended: 1, this thread leads as before; 0, it was relieved, and neither the loop nor the batch is its any more. */
 int mprpc_leader_ends(struct mprpc_member *member);
+/* The same handler goes on: between its end and this the loop is this thread's for a moment. */
+void mprpc_leader_goes_on(struct mprpc_member *member);
 /* The batch has ended, which it leads. */
 void mprpc_leader_rests(struct mprpc_member *member);
 

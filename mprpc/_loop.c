@@ -663,6 +663,12 @@ static void flush(struct mprpc_loop *l, const uint8_t *replies, size_t size, con
     }
 }
 
+void mprpc_loop_flush(struct mprpc_loop *l, const uint8_t *replies, const int32_t *sizes, size_t count)
+{
+    l->now = clock_ns();
+    flush(l, replies, 0, sizes, count);
+}
+
 /* ---- input ---- */
 
 /* This turn takes no more. */

@@ -81,6 +81,8 @@ enum {
  * returns them as the constants above say. 0 requests: a signal came, look at it and turn again. */
 int64_t mprpc_loop_turn(struct mprpc_loop *loop, const uint8_t *replies, size_t size, const int32_t *sizes,
                         size_t count);
+/* Loop thread only, in the middle of a turn: answers requests as mprpc_loop_turn does, at once. */
+void mprpc_loop_flush(struct mprpc_loop *loop, const uint8_t *replies, const int32_t *sizes, size_t count);
 /* Where a turn's records and bytes are; constant for the loop's life. */
 struct mprpc_record *mprpc_loop_records(struct mprpc_loop *loop);
 uint8_t *mprpc_loop_bytes(struct mprpc_loop *loop);

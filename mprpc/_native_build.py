@@ -132,14 +132,10 @@ struct mprpc_member *mprpc_member_new(struct mprpc_crew *crew);
 void mprpc_member_free(struct mprpc_member *member);
 void mprpc_crew_lead(struct mprpc_member *member, uint32_t seat);
 int mprpc_crew_stand_by(struct mprpc_member *member, int *wanted);
+int mprpc_crew_relieve(struct mprpc_member *member, int *wanted);
 int mprpc_crew_queue(struct mprpc_crew *crew);
 void mprpc_crew_stop(struct mprpc_crew *crew);
 void mprpc_crew_statistics(struct mprpc_crew *crew, struct mprpc_crew_statistics *to);
-void mprpc_leader_begins(struct mprpc_member *member);
-int mprpc_leader_ends(struct mprpc_member *member);
-void mprpc_leader_rests(struct mprpc_member *member);
-int mprpc_pace_slow(const struct mprpc_pace *pace);
-void mprpc_pace_note(struct mprpc_pace *pace, uint64_t took);
 
 struct mprpc_load;
 struct mprpc_load_snapshot { uint64_t in_flight, ended, failed, failing, latency, succeeded_at, failed_at; };

@@ -2,12 +2,19 @@
  * interpreter's lock is let go once a turn, and between the loop and the user's handler runs no line of Python. Whatever
  * is not a plain response (an exception, a Future, a failed controller, news of peers) goes to a method of the owner, the
  * `_Loop` of provider.py, which decides. Rules: each request of a batch is answered or given to the owner exactly once;
- * no exception leaves a request; what one turn knows lies in its batch, so that another thread may go on with it. */
+ * no exception leaves a request; what one turn knows lies in its batch, so that another thread may go on with it.
+ *
+ * While a handler runs the loop, the batch and the Server belong to nobody: the crew may give them to another thread
+ * (`_crew.c`). The thread that comes back touches them only if it still leads; else the response in its hands is all it
+ * has, and the owner's `_relieved` sends it. A method that is known to take long goes to the owner's `_queue` instead. */
+#define _GNU_SOURCE
+#include "_crew.h"
 #include "_fast.h"
 #include "_loop.h"
 
 #include <stddef.h>
 #include <structmember.h>
+#include <time.h>
 
 enum {
     AT_ONCE = 65536,      /* bytes of a reply from which it is sent by itself, not with its turn */
@@ -18,6 +25,7 @@ enum { INTERNAL = 13 };
 
 struct method { /* borrowed from the table */
     PyObject *entry, *parse, *handler, *kind, *serialize;
+    int blocking; /* declared to take long */
 };
 
 /* One turn's requests and what is to be sent for them. */
@@ -35,11 +43,11 @@ typedef struct {
     const uint8_t *bytes;
     PyObject *owner, *table, *controllers, *ok, *status_name;
     PyObject *spare;   /* a controller that nobody has kept */
-    PyObject *running; /* borrowed: the controller of the handler that runs */
+    PyObject *running; /* the controller of the handler that runs */
     struct method *methods;
+    struct mprpc_pace *paces; /* of each; the owner keeps them alive */
     size_t payload_max, at_once;
-    unsigned long thread; /* that is in run(), or 0 */
-    uint32_t index;       /* of the request whose handler runs */
+    uint32_t index; /* of the request whose handler runs */
     struct batch batch;
 } Server;
 
@@ -48,6 +56,22 @@ typedef struct {
     PyObject_HEAD
     PyObject *attributes, *weak;
 } Controller;
+
+/* What this thread runs a handler for, as a leader. */
+static _Thread_local struct {
+    Server *server;
+    struct mprpc_member *member;
+    PyObject *controller;
+    uint32_t index;
+} leading;
+
+static uint64_t clock_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
 
 /* ---- controllers ---- */
 
@@ -174,7 +198,8 @@ static void refuse(Server *s, uint32_t i, const struct method *m, Py_ssize_t siz
 
 /* ---- one request ---- */
 
-static void put(Server *s, uint32_t i, const struct method *m, PyObject *reply)
+/* 1: it is large. */
+static int put(Server *s, uint32_t i, const struct method *m, PyObject *reply)
 {
     struct batch *b = &s->batch;
     char *at;
@@ -182,7 +207,9 @@ static void put(Server *s, uint32_t i, const struct method *m, PyObject *reply)
 
     if (PyBytes_AsStringAndSize(reply, &at, &size) < 0) {
         raised(s, i, m, 0);
-    } else if ((size_t)size > s->payload_max) {
+        return 0;
+    }
+    if ((size_t)size > s->payload_max) {
         refuse(s, i, m, size);
     } else if ((size_t)size >= s->at_once) {
         Py_BEGIN_ALLOW_THREADS
@@ -194,12 +221,13 @@ static void put(Server *s, uint32_t i, const struct method *m, PyObject *reply)
     } else {
         b->sizes[i] = (int32_t)size;
     }
+    return (size_t)size >= s->at_once;
 }
 
-/* Request i's handler has returned that, or NULL with an exception set. Takes both references. */
-static void returned(Server *s, uint32_t i, const struct method *m, PyObject *controller, PyObject *response)
+/* Request i's handler has returned that, or NULL with an exception set. Takes both references. 1: the reply is large. */
+static int returned(Server *s, uint32_t i, const struct method *m, PyObject *controller, PyObject *response)
 {
-    int failed = response ? controller_failed(s, controller) : -1;
+    int failed = response ? controller_failed(s, controller) : -1, large = 0;
 
     if (failed < 0) {
         raised(s, i, m, 0);
@@ -208,49 +236,142 @@ static void returned(Server *s, uint32_t i, const struct method *m, PyObject *co
     } else {
         PyObject *reply = PyObject_CallFunctionObjArgs(m->serialize, response, NULL);
         if (reply)
-            put(s, i, m, reply);
+            large = put(s, i, m, reply);
         else
             raised(s, i, m, 0);
         Py_XDECREF(reply);
     }
-    s->running = NULL;
     Py_XDECREF(response);
     controller_done(s, controller);
+    return large;
+}
+
+static PyObject *arguments(Server *s, uint32_t i)
+{
+    const struct mprpc_record *r = &s->records[i];
+    const uint8_t *large = s->batch.slow ? mprpc_loop_large(s->loop, i) : NULL;
+
+    return PyBytes_FromStringAndSize((const char *)(large ? large : s->bytes + r->offset), (Py_ssize_t)r->size);
 }
 
 static PyObject *parsed(Server *s, uint32_t i, const struct method *m)
 {
-    const struct mprpc_record *r = &s->records[i];
-    const uint8_t *large = s->batch.slow ? mprpc_loop_large(s->loop, i) : NULL;
-    PyObject *bytes = PyBytes_FromStringAndSize((const char *)(large ? large : s->bytes + r->offset),
-                                                (Py_ssize_t)r->size);
+    PyObject *bytes = arguments(s, i);
     PyObject *request = bytes ? PyObject_CallFunctionObjArgs(m->parse, bytes, NULL) : NULL;
 
     Py_XDECREF(bytes);
     return request;
 }
 
-static void handle(Server *s, uint32_t i)
+/* ---- what takes long ---- */
+
+static void queue(Server *s, uint32_t i, const struct method *m)
 {
-    const struct method *m = &s->methods[s->records[i].method];
+    PyObject *bytes = arguments(s, i);
+    PyObject *done = bytes ? PyObject_CallMethod(s->owner, "_queue", "IIOO", i, s->records[i].method, m->entry, bytes)
+                           : NULL;
+
+    if (!done)
+        raised(s, i, m, 0);
+    Py_XDECREF(done);
+    Py_XDECREF(bytes);
+}
+
+/* Another thread leads now. Takes both references, the response's or an exception that is set. */
+static void relieved(Server *s, const struct method *m, PyObject *controller, PyObject *response)
+{
+    PyObject *error = response ? NULL : caught();
+    PyObject *done = PyObject_CallMethod(s->owner, "_relieved", "OOOO", m->entry, controller,
+                                         response ? response : Py_None, error ? error : Py_None);
+
+    if (!done)
+        PyErr_WriteUnraisable(s->owner);
+    Py_XDECREF(done);
+    Py_XDECREF(error);
+    Py_XDECREF(response);
+    Py_DECREF(controller);
+}
+
+/* This thread leads now: what the one before it runs is answered by that one, and what it has answered is sent. */
+static void take_over(Server *s)
+{
+    struct batch *b = &s->batch;
+    PyObject *controller = s->running, *done;
+
+    s->running = NULL;
+    mprpc_pace_note(&s->paces[s->records[s->index].method], MPRPC_PACE_SLOW);
+    done = PyObject_CallMethod(s->owner, "_take_over", "IOO", s->index,
+                               s->methods[s->records[s->index].method].entry, controller);
+    if (!done)
+        PyErr_WriteUnraisable(s->owner);
+    Py_XDECREF(done);
+    Py_DECREF(controller);
+    Py_BEGIN_ALLOW_THREADS
+    mprpc_loop_flush(s->loop, b->replies.at, b->sizes, b->next);
+    Py_END_ALLOW_THREADS
+    mprpc_loop_begin(s->loop);
+    b->replies.size = 0;
+    for (uint32_t i = 0; i < b->next; i++)
+        b->sizes[i] = -1;
+}
+
+/* ---- the handler ---- */
+
+enum end { RELIEVED, RAN, RAN_LARGE, NOT_RUN };
+
+/* Runs it: 1, this thread leads as before; 0, it was relieved. *response: NULL with an exception set. */
+static int lead_handler(Server *s, uint32_t i, struct mprpc_member *member, PyObject *request, PyObject *controller,
+                        PyObject **response)
+{
+    PyObject *outer = mprpc_handling, *handler = s->methods[s->records[i].method].handler;
+
+    Py_INCREF(controller);
+    s->running = controller;
+    s->index = i;
+    leading.server = s;
+    leading.member = member;
+    leading.controller = mprpc_handling = controller;
+    leading.index = i;
+    mprpc_leader_begins(member);
+    *response = PyObject_CallFunctionObjArgs(handler, request, controller, NULL);
+    int leads = mprpc_leader_ends(member);
+    leading.controller = NULL;
+    mprpc_handling = outer;
+    if (leads) {
+        s->running = NULL;
+        Py_DECREF(controller);
+    }
+    return leads;
+}
+
+/* Where it takes long to parse or to serialize, that is not the handler's doing, and no thread would make it faster. */
+static enum end handle(Server *s, uint32_t i, struct mprpc_member *member)
+{
+    const struct mprpc_record *r = &s->records[i];
+    const struct method *m = &s->methods[r->method];
+    PyObject *response;
 
     s->batch.sizes[i] = -1;
     if (s->batch.timed && mprpc_loop_expired(s->loop, i))
-        return;
+        return NOT_RUN;
+    if (m->blocking || mprpc_pace_slow(&s->paces[r->method])) {
+        queue(s, i, m);
+        return NOT_RUN;
+    }
     PyObject *request = parsed(s, i, m);
     PyObject *controller = request ? controller_for(s) : NULL;
     if (!controller) {
         raised(s, i, m, request == NULL);
         Py_XDECREF(request);
-        return;
+        return NOT_RUN;
     }
-    s->running = controller;
-    s->index = i;
-    mprpc_handling = controller;
-    PyObject *response = PyObject_CallFunctionObjArgs(m->handler, request, controller, NULL);
-    mprpc_handling = NULL;
+    int large = r->size >= AT_ONCE, leads = lead_handler(s, i, member, request, controller, &response);
     Py_DECREF(request);
-    returned(s, i, m, controller, response);
+    if (leads)
+        large |= returned(s, i, m, controller, response);
+    else
+        relieved(s, m, controller, response);
+    return leads ? large ? RAN_LARGE : RAN : RELIEVED;
 }
 
 /* ---- the turns ---- */
@@ -275,41 +396,108 @@ static void begin(Server *s, int64_t told)
     Py_XDECREF(done);
 }
 
-static PyObject *server_run(PyObject *self, PyObject *nothing)
+static PyObject *server_lead(PyObject *self, PyObject *address)
 {
     Server *s = (Server *)self;
     struct batch *b = &s->batch;
-    int64_t told;
+    struct mprpc_member *member = PyLong_AsVoidPtr(address);
 
-    (void)nothing;
-    if (s->thread) {
-        PyErr_SetString(PyExc_RuntimeError, "the loop is turned by another thread already");
-        return NULL;
-    }
-    s->thread = PyThread_get_thread_ident();
+    if (!member)
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no member of a crew");
+    if (s->running)
+        take_over(s);
     for (;;) {
+        int64_t told;
+        while (b->next < b->count) {
+            uint32_t i = b->next++;
+            enum end end = handle(s, i, member);
+            if (end == RELIEVED)
+                Py_RETURN_FALSE;
+            uint64_t took = mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
+            if (end == RAN)
+                mprpc_pace_note(&s->paces[s->records[i].method], took);
+        }
+        mprpc_leader_rests(member);
         Py_BEGIN_ALLOW_THREADS
         told = mprpc_loop_turn(s->loop, b->replies.at, b->replies.size, b->sizes, b->count);
         Py_END_ALLOW_THREADS
         if (told < 0)
-            break;
+            Py_RETURN_TRUE;
         begin(s, told);
-        while (b->next < b->count) {
-            uint32_t i = b->next++;
-            handle(s, i);
-            mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
-        }
     }
-    s->thread = 0;
-    Py_RETURN_NONE;
 }
 
-static PyObject *server_index_of(PyObject *self, PyObject *controller)
+static PyObject *server_run_job(PyObject *self, PyObject *args)
 {
     Server *s = (Server *)self;
-    int now = s->running == controller && s->thread == PyThread_get_thread_ident();
+    PyObject *outer = mprpc_handling, *request, *controller;
+    unsigned method;
 
-    return PyLong_FromLong(now ? (long)s->index : -1);
+    if (!PyArg_ParseTuple(args, "IOO", &method, &request, &controller))
+        return NULL;
+    if ((Py_ssize_t)method >= PyTuple_Size(s->table))
+        return PyErr_Format(PyExc_IndexError, "no method has that index");
+    mprpc_handling = controller;
+    uint64_t began = clock_ns();
+    PyObject *response = PyObject_CallFunctionObjArgs(s->methods[method].handler, request, controller, NULL);
+    mprpc_pace_note(&s->paces[method], clock_ns() - began);
+    mprpc_handling = outer;
+    return response;
+}
+
+/* ---- what a handler asks through its controller ---- */
+
+/* Takes the loop back for a moment: 1, or 0 and what Python is told. */
+static int take_back(PyObject *controller, PyObject **answer)
+{
+    *answer = Py_None;
+    if (leading.controller != controller)
+        return 0;
+    *answer = Py_False;
+    return mprpc_leader_ends(leading.member);
+}
+
+static PyObject *answer_instead(PyObject *answer)
+{
+    Py_INCREF(answer);
+    return answer;
+}
+
+static PyObject *server_peer(PyObject *self, PyObject *controller)
+{
+    char name[MPRPC_PEER_MAX];
+    PyObject *answer;
+
+    (void)self;
+    if (!take_back(controller, &answer))
+        return answer_instead(answer);
+    mprpc_loop_peer(leading.server->loop, leading.index, name);
+    mprpc_leader_goes_on(leading.member);
+    return PyUnicode_FromString(name);
+}
+
+static PyObject *server_deadline(PyObject *self, PyObject *controller)
+{
+    PyObject *answer;
+
+    (void)self;
+    if (!take_back(controller, &answer))
+        return answer_instead(answer);
+    uint64_t deadline = mprpc_loop_deadline(leading.server->loop, leading.index);
+    mprpc_leader_goes_on(leading.member);
+    return PyLong_FromUnsignedLongLong(deadline);
+}
+
+static PyObject *server_attempt(PyObject *self, PyObject *controller)
+{
+    PyObject *answer;
+
+    (void)self;
+    if (!take_back(controller, &answer))
+        return answer_instead(answer);
+    uint32_t attempt = mprpc_loop_attempt(leading.server->loop, leading.index);
+    mprpc_leader_goes_on(leading.member);
+    return PyLong_FromUnsignedLong(attempt);
 }
 
 /* ---- the type ---- */
@@ -330,25 +518,26 @@ static int fill_methods(Server *s)
             PyErr_SetString(PyExc_TypeError, "a method is a tuple");
             return -1;
         }
-        if (!PyArg_ParseTuple(row, "OOOOO", &m->entry, &m->parse, &m->handler, &m->kind, &m->serialize))
+        if (!PyArg_ParseTuple(row, "OOOOOp", &m->entry, &m->parse, &m->handler, &m->kind, &m->serialize, &m->blocking))
             return -1;
     }
     return 0;
 }
 
-/* Server(owner, loop, methods, controllers, ok, payload_max). loop: the address of the owner's struct mprpc_loop.
- * methods: (entry, parse, handler, response's class, serialize) for each index of mprpc_services_add. */
+/* Server(owner, loop, paces, methods, controllers, ok, payload_max). loop, paces: the addresses of the owner's struct
+ * mprpc_loop and of as many struct mprpc_pace as there are methods, which all loops share. methods: (entry, parse,
+ * handler, response's class, serialize, blocking) for each index of mprpc_services_add. */
 static PyObject *server_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     PyObject *owner, *table, *controllers, *ok;
-    unsigned long long loop;
+    unsigned long long loop, paces;
     Py_ssize_t payload_max;
 
     if (keywords && PyDict_Size(keywords)) {
         PyErr_SetString(PyExc_TypeError, "Server() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OKO!OOn", &owner, &loop, &PyTuple_Type, &table, &controllers, &ok, &payload_max))
+    if (!PyArg_ParseTuple(args, "OKKO!OOn", &owner, &loop, &paces, &PyTuple_Type, &table, &controllers, &ok, &payload_max))
         return NULL;
     Server *s = (Server *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!s)
@@ -358,6 +547,7 @@ static PyObject *server_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     Py_INCREF(s->controllers = controllers);
     Py_INCREF(s->ok = ok);
     s->loop = (struct mprpc_loop *)(uintptr_t)loop;
+    s->paces = (struct mprpc_pace *)(uintptr_t)paces;
     s->records = mprpc_loop_records(s->loop);
     s->bytes = mprpc_loop_bytes(s->loop);
     s->payload_max = (size_t)payload_max;
@@ -381,6 +571,7 @@ static int server_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(s->controllers);
     Py_VISIT(s->ok);
     Py_VISIT(s->spare);
+    Py_VISIT(s->running);
     return 0;
 }
 
@@ -393,6 +584,7 @@ static int server_clear(PyObject *self)
     Py_CLEAR(s->controllers);
     Py_CLEAR(s->ok);
     Py_CLEAR(s->spare);
+    Py_CLEAR(s->running);
     return 0;
 }
 
@@ -411,8 +603,14 @@ static void server_dealloc(PyObject *self)
 }
 
 static PyMethodDef server_methods[] = {
-    {"run", server_run, METH_NOARGS, "Turns the loop on this thread until it has stopped."},
-    {"index_of", server_index_of, METH_O, "Which request of the turn this thread runs with that controller, or -1."},
+    {"lead", server_lead, METH_O,
+     "Turns the loop on this thread, a member of the crew by its address: True when the loop has stopped, False when\n"
+     "another thread leads it."},
+    {"run_job", server_run_job, METH_VARARGS, "Calls the method's handler on a thread that leads no loop."},
+    {"peer", server_peer, METH_O,
+     "Who called, if this thread runs its handler and leads: else None, or False for one that leads no more."},
+    {"deadline", server_deadline, METH_O, "The same for its deadline, monotonic ns, 0 for none."},
+    {"attempt", server_attempt, METH_O, "The same for which attempt it is."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,10 +1,11 @@
 """The provider: publishes services, answers calls.
 
-One thread turns one loop (`_loop.c`): a turn returns all requests that are there, `_serve.c` parses them, runs their
-handlers and gives all replies to the next turn. So the interpreter's lock is let go once a turn, not once a system
-call, and what is no plain response is decided here. A handler runs on its loop's thread: it must be short, and must
-not call a method that its own loop serves. One that needs time returns a Future and resolves it from another thread, or
-is `async def`: those run on an event loop of the provider's (`coroutines.py`).
+A turn of a loop (`_loop.c`) returns all requests that are there, `_serve.c` parses them, runs their handlers and gives
+all replies to the next turn. So the interpreter's lock is let go once a turn, not once a system call; and what is no
+plain response comes to this module. A handler runs on the thread that turns its loop; while one takes long, another
+thread goes on with the loop (`crew.py`), and a method that is known to take long runs on a thread of its own. A handler
+may also return a Future and resolve it from another thread, or be `async def`: those run on an event loop of the
+provider's (`coroutines.py`).
 
 Rules: every request is answered exactly once; what a handler raises becomes its own call's error and nothing else;
 services are published before the loops start and don't change after.
@@ -27,6 +28,7 @@ from google.protobuf.message import DecodeError
 from mprpc._native import ffi, lib
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
+from mprpc.crew import Crew
 from mprpc.errors import ConfigError, RpcError, Status
 from mprpc.fast import native
 from mprpc.service import MethodEntry, methods_of
@@ -67,6 +69,7 @@ class RpcProvider:
         self._entries: list[MethodEntry] = []
         self._lock = threading.RLock()
         self._loops: list[_Loop] = []
+        self._crew: Crew | None = None
         self._address = ""
         self._registry: Registry | None = None
         self._publication: Publication | None = None
@@ -164,9 +167,10 @@ class RpcProvider:
             name = entry.name.encode()
             for service in {entry.service, entry.short_service}:
                 lib.mprpc_services_add(services, service.encode(), len(service.encode()), name, len(name), index)
+        paces = ffi.new("struct mprpc_pace[]", len(self._entries) + 1)
         loops = [
-            _Loop(self._config, services, self._entries, number, self._run_coroutines)
-            for number in range(self._config.loops)
+            _Loop(self._config, services, self._entries, paces, self._run_coroutines, self._queue)
+            for _ in range(self._config.loops)
         ]
         handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
         failed = 0
@@ -179,8 +183,11 @@ class RpcProvider:
         if listener is not None:
             listener.detach()
         self._loops = loops
-        for loop in loops:
-            loop.thread.start()
+        self._crew = Crew(loops, self._config.handler_threads, self._config.max_queued)
+        self._crew.start()
+
+    def _queue(self, job: Callable[[], None]) -> bool:
+        return self._crew is not None and self._crew.queue(job)
 
     def _run_coroutines(self) -> Coroutines:
         from mprpc.coroutines import Coroutines
@@ -267,8 +274,8 @@ class RpcProvider:
         if self._publication is not None:
             self._publication.withdraw(max(0.1, deadline - time.monotonic()))
         self._hurry(max(0.0, deadline - time.monotonic()))
-        for loop in self._loops:
-            loop.join(max(0.0, deadline - time.monotonic()) + _JOIN)
+        if self._crew is not None:
+            self._wait_for_loops(self._crew, deadline + _JOIN)
         if self._coroutines is not None:
             self._coroutines.stop()
         if self._registry is not None:
@@ -281,6 +288,12 @@ class RpcProvider:
             from mprpc import memory
 
             memory.ignore(self._address)
+
+    def _wait_for_loops(self, crew: Crew, deadline: float) -> None:
+        if not crew.is_member():  # a handler stops its provider: its own call's answer is what the loops wait for
+            for loop in self._loops:
+                loop.ended.wait(max(0.0, deadline - time.monotonic()))
+        crew.stop(max(_JOIN / 10, deadline - time.monotonic()))
 
     def _hurry(self, grace: float) -> None:
         for loop in self._loops:
@@ -436,15 +449,16 @@ class RpcProvider:
 
 
 class _Loop:
-    """One loop and the thread that turns it."""
+    """One loop. One thread of the crew leads it at a time."""
 
     def __init__(
         self,
         config: MprpcConfig,
         services: Any,
         entries: list[MethodEntry],
-        number: int,
+        paces: Any,
         coroutines: Callable[[], Coroutines],
+        queue: Callable[[Callable[[], None]], bool],
     ) -> None:
         limits = ffi.new("struct mprpc_limits *")
         limits.frame_timeout = int(config.frame_timeout * _NS)
@@ -459,25 +473,27 @@ class _Loop:
         self.handle = ffi.gc(handle, lib.mprpc_loop_free)
         self._detached: dict[tuple[int, int], _ServerController] = {}
         self._coroutines = coroutines
-        self._services = services  # the loop points into it
+        self._queue_job = queue
+        self._services, self._paces = services, paces  # the loop and the server point into them
         self._max_payload = config.max_payload
         self._lines = _Lines()
-        self.address = int(ffi.cast("uintptr_t", handle))
-        controllers = type("ServerController", (native.Controller, _ServerController), {"_loop": self, "__slots__": ()})
+        self._parting = threading.Condition()  # a controller's _later comes
+        self.ended = threading.Event()
+        self._controllers = type(
+            "ServerController", (native.Controller, _ServerController), {"_loop": self, "__slots__": ()}
+        )
         methods = tuple(
-            (e, e.request_class.FromString, e.handler, e.response_class, e.response_class.SerializeToString)
+            (e, e.request_class.FromString, e.handler, e.response_class, e.response_class.SerializeToString, e.blocking)
             for e in entries
         )
-        self.server = native.Server(self, self.address, methods, controllers, Status.OK, config.max_payload)
-        # A daemon, so that a handler that never ends can't keep the interpreter alive; stop() waits for it, bounded.
-        self.thread = threading.Thread(target=self.server.run, name=f"mprpc-loop-{number}", daemon=True)
+        self.server = native.Server(
+            self, _address(self.handle), _address(paces), methods, self._controllers, Status.OK, config.max_payload
+        )
 
-    def join(self, timeout: float) -> None:
-        if self.thread is threading.current_thread():
-            return
-        self.thread.join(timeout)
-        if self.thread.is_alive():
-            _log.error("a handler on %s has not returned, its thread is left behind", self.thread.name)
+    def lead(self, member: Any) -> None:
+        """Turns it on this thread until it has stopped, or another one leads: then this thread's call is answered."""
+        if self.server.lead(_address(member)):
+            self.ended.set()
 
     # ---- what is not a plain response: _serve.c calls these ----
 
@@ -499,39 +515,93 @@ class _Loop:
         if controller.failed():
             _discard(response)
             self._fail(i, controller._error())
-        elif callable(getattr(response, "add_done_callback", None)) and not hasattr(response, "get_loop"):
-            finish = self._detach(i, entry, controller)
-            response.add_done_callback(lambda future: finish(*_outcome(future)))
-        elif hasattr(response, "__await__"):
-            self._run_coroutine(i, entry, controller, response)
+        elif _is_future(response) or hasattr(response, "__await__"):
+            self._follow(response, self._detach(i, entry, controller))
         else:
             self._fail(i, _wrong_type(entry, response))
 
-    def _run_coroutine(self, i: int, entry: MethodEntry, controller: _ServerController, response: Any) -> None:
+    def _follow(self, response: Any, later: _Later) -> None:
+        """Answers when the Future or the coroutine has ended."""
+        if _is_future(response):
+            response.add_done_callback(lambda future: later.finish(*_outcome(future)))
+            return
         coroutines = self._coroutines()
         if coroutines.is_full():
             _discard(response)
-            self._fail(i, RpcError(Status.RESOURCE_EXHAUSTED, "too many async handlers are under way"), not_run=True)
+            later.refuse(RpcError(Status.RESOURCE_EXHAUSTED, "too many async handlers are under way"))
         else:
-            coroutines.run(response, controller, self._detach(i, entry, controller))
+            coroutines.run(response, later.controller, later.finish)
 
-    def _detach(
-        self, i: int, entry: MethodEntry, controller: _ServerController
-    ) -> Callable[[Any, BaseException | None], None]:
-        """Lets go of a request that is answered later, by what this returns, on any thread."""
-        controller._keep()
+    def _detach(self, i: int, entry: MethodEntry, controller: _ServerController) -> _Later:
+        """Lets go of a request that is answered later, on any thread."""
+        name, deadline = ffi.new("char[]", lib.MPRPC_PEER_MAX), lib.mprpc_loop_deadline(self.handle, i)
+        lib.mprpc_loop_peer(self.handle, i, name)
+        controller._peer = ffi.string(name).decode()
+        controller._deadline = deadline / _NS if deadline else None
+        controller._attempt = lib.mprpc_loop_attempt(self.handle, i)
         ticket = ffi.new("struct mprpc_ticket *")
         lib.mprpc_loop_detach(self.handle, i, ticket)
-        key = ticket.connection, ticket.call_id
-        self._detached[key] = controller
+        later = _Later(self, entry, controller, ticket)
+        self._detached[later.key] = controller
+        return later
 
-        def finish(response: Any, raised: BaseException | None) -> None:
-            self._detached.pop(key, None)
-            self._answer(ticket, *self._outcome_of(entry, controller, response, raised))
+    # ---- what takes long ----
 
-        return finish
+    def _queue(self, i: int, method: int, entry: MethodEntry, arguments: bytes) -> None:
+        """A method that takes long is called: a thread of its own runs it."""
+        later = self._detach(i, entry, self._controllers())
+        if not self._queue_job(lambda: self._run_job(method, arguments, later)):
+            text = "too many calls wait for a thread: handler_threads are busy and max_queued wait"
+            later.refuse(RpcError(Status.RESOURCE_EXHAUSTED, text))
 
-    def _outcome_of(
+    def _run_job(self, method: int, arguments: bytes, later: _Later) -> None:
+        if later.controller.is_canceled():
+            later.refuse(RpcError(Status.CANCELLED, "the caller gave up before the handler started"))
+        elif later.controller.time_remaining() == 0.0:
+            later.refuse(RpcError(Status.DEADLINE_EXCEEDED, "the deadline passed before the handler started"))
+        else:
+            self._conclude(later, *self._outcome_of_job(method, arguments, later))
+
+    def _outcome_of_job(self, method: int, arguments: bytes, later: _Later) -> tuple[Any, BaseException | None]:
+        try:
+            request = later.entry.request_class.FromString(arguments)
+        except BaseException as error:
+            return None, _error_of(later.entry, error, parsing=True)
+        try:
+            return self.server.run_job(method, request, later.controller), None
+        except BaseException as error:
+            return None, error
+
+    def _conclude(self, later: _Later, response: Any, error: BaseException | None) -> None:
+        """A handler has ended on a thread that does not lead."""
+        pending = error is None and (_is_future(response) or hasattr(response, "__await__"))
+        if pending and not later.controller.failed():
+            self._follow(response, later)
+        else:
+            _discard(response)
+            later.finish(response, error)
+
+    def _take_over(self, i: int, entry: MethodEntry, controller: _ServerController) -> None:
+        """This thread leads now: the one before it is running that handler."""
+        later = self._detach(i, entry, controller)
+        with self._parting:
+            controller._later = later
+            self._parting.notify_all()
+
+    def _relieved(
+        self, entry: MethodEntry, controller: _ServerController, response: Any, error: BaseException | None
+    ) -> None:
+        """This handler has returned on a thread that leads no more."""
+        self._conclude(self.parted(controller), response, error)
+
+    def parted(self, controller: _ServerController) -> _Later:
+        """How a handler that took long answers, when the thread that leads now has said so."""
+        with self._parting:
+            while (later := controller._later) is None:
+                self._parting.wait()
+        return later
+
+    def outcome_of(
         self, entry: MethodEntry, controller: MprpcController, response: Any, raised: BaseException | None
     ) -> tuple[RpcError, bytes]:
         """The error of a call that was answered later, with status OK for none, and the reply's bytes."""
@@ -549,12 +619,9 @@ class _Loop:
             return _too_large(len(reply), self._max_payload), b""
         return RpcError(Status.OK), reply
 
-    def _answer(self, ticket: Any, error: RpcError, reply: bytes) -> None:
-        text = error.text.encode(errors="replace")
-        lib.mprpc_loop_answer(
-            self.handle, ticket, error.status, False, text, len(text), error.details, len(error.details),
-            reply, len(reply),
-        )  # fmt: skip
+    def forget(self, key: tuple[int, int]) -> None:
+        """That detached call has been answered. Any thread."""
+        self._detached.pop(key, None)
 
     def _cancel_calls(self) -> None:
         """The callers of these have given up, or gone away."""
@@ -575,36 +642,77 @@ class _Loop:
         self._lines.skip(more[0])
 
 
+class _Later:
+    """A call that is answered later, once, on any thread."""
+
+    def __init__(self, loop: _Loop, entry: MethodEntry, controller: _ServerController, ticket: Any) -> None:
+        self.entry = entry
+        self.controller = controller
+        self.key: tuple[int, int] = ticket.connection, ticket.call_id
+        self._loop = loop
+        self._ticket = ticket
+
+    def finish(self, response: Any, raised: BaseException | None) -> None:
+        """The handler has ended so."""
+        self.answer(*self._loop.outcome_of(self.entry, self.controller, response, raised))
+
+    def refuse(self, error: RpcError) -> None:
+        """The handler was never started."""
+        self.answer(error, not_run=True)
+
+    def answer(self, error: RpcError, reply: bytes = b"", *, not_run: bool = False) -> None:
+        self._loop.forget(self.key)
+        text = error.text.encode(errors="replace")
+        lib.mprpc_loop_answer(
+            self._loop.handle, self._ticket, error.status, not_run, text, len(text),
+            error.details, len(error.details), reply, len(reply),
+        )  # fmt: skip
+
+
 class _ServerController(MprpcController):
-    """Reads what C knows of the call while the handler runs; `_keep` copies it for a handler that answers later."""
+    """Reads what C knows of the call while the handler runs; who detaches the call copies it."""
 
     _loop: _Loop
+    _later: _Later | None = None
 
     @property
     def peer(self) -> str:
-        index = self._loop.server.index_of(self)
-        if index >= 0:
-            name = ffi.new("char[]", lib.MPRPC_PEER_MAX)
-            lib.mprpc_loop_peer(self._loop.handle, index, name)
-            return str(ffi.string(name).decode())
+        told = self._loop.server.peer(self)
+        if told:
+            self._peer = told
+        elif told is False:
+            self._loop.parted(self)
         return self._peer
 
     def time_remaining(self) -> float | None:
-        index = self._loop.server.index_of(self)
-        if index >= 0:
-            deadline = lib.mprpc_loop_deadline(self._loop.handle, index)
-            self._deadline = deadline / _NS if deadline else None
+        told = self._loop.server.deadline(self)
+        if told is False:
+            self._loop.parted(self)
+        elif told is not None:
+            self._deadline = told / _NS if told else None
         return super().time_remaining()
 
     @property
     def attempt(self) -> int:
-        index = self._loop.server.index_of(self)
-        return int(lib.mprpc_loop_attempt(self._loop.handle, index)) if index >= 0 else self._attempt
+        told = self._loop.server.attempt(self)
+        if told is False:
+            self._loop.parted(self)
+        elif told is not None:
+            self._attempt = told
+        return self._attempt
 
     def _keep(self) -> None:
         self._peer = self.peer
         self._attempt = self.attempt
         self.time_remaining()
+
+
+def _address(pointer: Any) -> int:
+    return int(ffi.cast("uintptr_t", pointer))
+
+
+def _is_future(response: Any) -> bool:
+    return callable(getattr(response, "add_done_callback", None)) and not hasattr(response, "get_loop")
 
 
 class _Lines:

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
     from mprpc.controller import MprpcController
 
-__all__ = ["Handler", "MethodEntry", "Reply", "Service", "attribute_of", "methods_of"]
+__all__ = ["Handler", "MethodEntry", "Reply", "Service", "attribute_of", "blocking", "methods_of"]
 
 _log = logging.getLogger("mprpc.service")
 
 T = TypeVar("T")
+H = TypeVar("H", bound=Callable[..., Any])
 
 # What a handler may return. Future is left out at run time, where naming it would import concurrent.futures.
 if TYPE_CHECKING:
@@ -46,6 +47,18 @@ Handler = Callable[[Any, "MprpcController"], Reply[Any]]
 
 # Attributes of generated classes that a method can't be called like; protoc-gen-mprpc appends the same underscore.
 _RESERVED = frozenset({"DESCRIPTOR", "GetDescriptor", "mprpc", "typing"})
+
+
+def blocking(handler: H) -> H:
+    """Declares that a handler takes long: it runs on a thread of its own from its first call on.
+
+        @mprpc.blocking
+        def Login(self, request, controller): …
+
+    Without it the provider finds out by what the method's calls take. Any thread.
+    """
+    handler.mprpc_blocking = True  # type: ignore[attr-defined]
+    return handler
 
 
 class Service:
@@ -68,7 +81,7 @@ class MethodEntry(NamedTuple):
 
     `service` is the full name (`fixbug.UserServiceRpc`), `short_service` the seed's (`UserServiceRpc`). `handler` takes
     the request and the controller, returns a `Reply` and may raise anything; after it, also when a Future that it
-    returned is resolved, the controller may say that the call failed.
+    returned is resolved, the controller may say that the call failed. `blocking`: it is declared so.
     """
 
     service: str
@@ -78,6 +91,7 @@ class MethodEntry(NamedTuple):
     request_class: type[Message]
     response_class: type[Message]
     handler: Handler
+    blocking: bool
 
 
 def methods_of(service: object) -> list[MethodEntry]:
@@ -97,6 +111,7 @@ def methods_of(service: object) -> list[MethodEntry]:
             GetMessageClass(method.input_type),
             GetMessageClass(method.output_type),
             find_handler(service, method),
+            bool(getattr(_attribute(service, method), "mprpc_blocking", False)),
         )
         for method in map(_unary, descriptor.methods)
     ]
@@ -164,11 +179,15 @@ def _unimplemented(method: MethodDescriptor) -> Handler:
     return handler
 
 
+def _attribute(service: object, method: MethodDescriptor) -> object:
+    return getattr(service, attribute_of(method), getattr(service, method.name, None))
+
+
 def _bound(service: object, method: MethodDescriptor, *takes: str) -> Callable[..., Any]:
     """A service's method of that name and signature, or TypeError."""
     import inspect  # here, because consumers import this module too and publish nothing
 
-    bound: object = getattr(service, attribute_of(method), getattr(service, method.name, None))
+    bound = _attribute(service, method)
     wanted = f"def {attribute_of(method)}(self, {', '.join(takes)})"
     kind = type(service).__qualname__
     if not callable(bound):

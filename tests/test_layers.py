@@ -39,6 +39,7 @@ LAYERS = [
         "pool",
         "subchannel",
         "target",
+        "crew",
         "provider",
         "channel",
         "unary_call",

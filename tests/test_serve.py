@@ -19,6 +19,7 @@ import pytest
 import services
 import wire
 from mprpc import RpcError, Status
+from mprpc._native import ffi
 from mprpc.fast import native
 from mprpc.provider import _Lines, _Loop
 from services import LoginResponse
@@ -131,7 +132,9 @@ def test_another_thread_asks_the_controller_of_a_handler_that_runs() -> None:
 
     with services.serving(login) as provider, wire.connect(provider.address) as peer:
         exchange(peer, wire.login(1, timeout_ms=60_000), 1)
-    assert found == [("", None)]
+        ((who, left),) = found
+        assert who in ("", "{}:{}".format(*peer.socket.getsockname()))  # known if the handler took its time
+        assert (left is None) == (who == "")
 
 
 # ---- what Python decides, and what happens when that fails ----
@@ -266,8 +269,9 @@ def test_no_ending_of_a_call_keeps_or_loses_a_reference(ending: str, caplog: pyt
         before, objects = counts(), len(gc.get_objects())
         call(1000)
         gc.collect()
-        assert max(abs(now - was) for now, was in zip(counts(), before, strict=True)) < 100
-        assert abs(len(gc.get_objects()) - objects) < 100
+        # Each call that left something behind would have left 1,000; a thread more has some of its own.
+        assert max(abs(now - was) for now, was in zip(counts(), before, strict=True)) < 400
+        assert abs(len(gc.get_objects()) - objects) < 400
 
 
 def test_arguments_that_do_not_parse_keep_nothing() -> None:
@@ -309,22 +313,20 @@ def test_a_stopped_provider_is_collected() -> None:
 # ---- the type ----
 
 
-def test_a_loop_is_turned_by_one_thread() -> None:
+def test_only_a_member_of_the_crew_leads() -> None:
     with services.serving() as provider:
-        with services.calling(provider) as users:
-            users.Login(services.REQUEST)
-        with pytest.raises(RuntimeError, match="turned by another thread"):
-            provider._loops[0].server.run()
+        with pytest.raises(ValueError, match="no member"):
+            provider._loops[0].server.lead(0)
 
 
 @pytest.mark.parametrize("methods", [[()], (1,), ((1, 2),)])
 def test_a_table_that_is_none(methods: Any) -> None:
     with services.serving() as provider:
-        address = provider._loops[0].address
+        address = int(ffi.cast("uintptr_t", provider._loops[0].handle))
         with pytest.raises(TypeError):
-            native.Server(None, address, methods, object, Status.OK, 1)
+            native.Server(None, address, 0, methods, object, Status.OK, 1)
         with pytest.raises(TypeError):
-            native.Server(None, address, (), object, Status.OK, 1, more=1)
+            native.Server(None, address, 0, (), object, Status.OK, 1, more=1)
 
 
 def test_errors_of_the_users_own_kind() -> None:

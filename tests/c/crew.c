@@ -265,11 +265,14 @@ static void *serve(void *hand)
         lead(&loops[h->leads], h);
     }
     while ((work = mprpc_crew_stand_by(h->member, &wanted)) != MPRPC_CREW_STOP) {
+        if (work != MPRPC_CREW_JOB && chance(&h->random, 4) == 0)
+            nap(PERIOD); /* it waits for what the handler may wait for, too */
+        int leads = work != MPRPC_CREW_JOB && mprpc_crew_relieve(h->member, &wanted);
         if (wanted)
             start(-1);
         if (work == MPRPC_CREW_JOB)
             do_job(h);
-        else
+        else if (leads)
             lead(&loops[work], h);
     }
     return NULL;
