@@ -38,6 +38,10 @@ STYLE = """
     .cut { stroke: #0d1117 }
   }
 """
+SHADES = """
+  .k0 { fill: #57606a } .k1 { fill: #7d8590 } .k2 { fill: #9aa4af } .k3 { fill: #b7bfc7 } .k4 { fill: #d0d7de }
+  .u5 { fill: #9a6700 } .u6 { fill: #1f7a4d } .u7 { fill: #2f6fbb } .u8 { fill: #8250df }
+"""
 
 
 def draw(told: Mapping[str, Any]) -> str:
@@ -61,6 +65,43 @@ def draw(told: Mapping[str, Any]) -> str:
         f' aria-label="mprpc compared with other systems">\n<style>{STYLE}</style>\n'
         f'<text class="note" x="0" y="16">shorter is better; medians of one run, pinned and interleaved</text>\n'
         f'<text class="note" x="0" y="34">{escape(about)}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+KERNEL = ("send", "receive", "epoll_wait", "switching", "the kernel")
+
+
+def divided(spent: Mapping[str, Mapping[str, float]]) -> str:
+    """What a call's time is made of, as another file: system -> part -> µs; the kernel's parts are grey."""
+    longest = max(sum(parts.values()) for parts in spent.values())
+    scale = (WIDTH - LABEL - 70) / longest
+    marks, y = [], TOP - 20
+    for name, parts in spent.items():
+        x = float(LABEL)
+        marks.append(f'<text class="head" x="0" y="{y + 15}">{escape(TITLES[name])}</text>')
+        for number_of, (title, value) in enumerate(parts.items()):
+            width = value * scale
+            kind = "k" if title.startswith(KERNEL) else "u"
+            about = f"{title}: {number(value)} µs"
+            marks.append(
+                f'<rect class="{kind}{number_of}" x="{x:.1f}" y="{y}" width="{max(width - 1, 0.5):.1f}" height="{BAR}">'
+                f"<title>{escape(about)}</title></rect>"
+            )
+            x += width
+        marks.append(f'<text x="{x + 8:.1f}" y="{y + 15}">{number(sum(parts.values()))}</text>')
+        y += BAR + GAP
+    y += 12
+    for number_of, title in enumerate(next(iter(spent.values()))):
+        kind = "k" if title.startswith(KERNEL) else "u"
+        values = ", ".join(f"{number(parts[title])}" for parts in spent.values())
+        marks.append(f'<rect class="{kind}{number_of}" x="{LABEL}" y="{y}" width="12" height="12" rx="2"/>')
+        marks.append(f'<text x="{LABEL + 20}" y="{y + 11}">{escape(title)}: {values} µs</text>')
+        y += 20
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 6}" role="img"'
+        f' aria-label="where the time of a call goes">\n<style>{STYLE}{SHADES}</style>\n'
+        '<text class="note" x="0" y="16">one blocking Login call, client and server on one core: µs of its median;'
+        " grey is the kernel</text>\n" + "\n".join(marks) + "\n</svg>\n"
     )
 
 
