@@ -123,7 +123,9 @@ static PyObject *controller_for(Server *s)
     PyObject *c = s->spare;
 
     s->spare = NULL;
-    return c ? c : PyObject_CallObject(s->controllers, NULL);
+    if (!c && (c = PyObject_CallObject(s->controllers, NULL)))
+        controller_clear(c); /* some interpreters give a new object a dictionary at once */
+    return c;
 }
 
 /* Takes the reference. A count that an interpreter keeps in another way than one word for it is never 1 here. */

@@ -21,7 +21,7 @@ import wire
 from mprpc import RpcError, Status
 from mprpc._native import ffi
 from mprpc.fast import native
-from mprpc.provider import _Lines, _Loop
+from mprpc.provider import _Lines, _Loop, _ServerController
 from services import LoginResponse
 
 OK = LoginResponse(success=True)
@@ -42,16 +42,12 @@ def exchange(peer: wire.Peer, data: bytes, count: int) -> list[tuple[Any, bytes]
 # ---- the controller that is used again ----
 
 
-def test_a_controller_that_nobody_kept_serves_the_next_call() -> None:
-    seen = set()
-
-    def login(request: Any, controller: Any) -> Any:
-        seen.add(id(controller))
-        return OK
-
-    with services.serving(login) as provider, wire.connect(provider.address) as peer:
+def test_a_controller_that_nobody_kept_serves_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(_ServerController, "__init__", lambda self: made.append(id(self)), raising=False)
+    with services.serving() as provider, wire.connect(provider.address) as peer:
         exchange(peer, names(BATCH), BATCH)
-    assert len(seen) == 1
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(
