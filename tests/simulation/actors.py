@@ -7,6 +7,7 @@ register or look with a `Reader`, a process of `discovery_simulator` whose messa
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from discovery_simulator import SERVICE, SESSION_TIMEOUT, Process
 from mprpc.desk import Action, Replace, Show
 from mprpc.errors import DeadlineExceeded, RpcError, Status, Unavailable
+from mprpc.retry import Attempts, Budget, Policy
 from simulation.network import Timer, Wire
 from simulation.sessions import CANCEL, GOAWAY, PING, PONG, RESPONSE, Event, Session, Violation
 
@@ -27,6 +29,9 @@ WITHDRAW_WAIT = 1.0  # seconds at most between an orderly stop's end of its node
 DRAIN = 5.0  # and then for what is in flight
 ZOOKEEPER_LATENCY = (0.0005, 0.01)
 RECONNECT = (0.05, 0.6)
+POLICY = Policy(idempotent=False, retries=3, backoff=0.05, backoff_max=1.0, attempt_timeout=0.0)  # the keys' defaults
+RETRY_SHARE, RETRY_RATE = 0.2, 1.0  # less a second than by default, so that the budget is felt
+_S = 1_000_000_000
 QUESTION, ANSWER = struct.Struct("<QI"), struct.Struct("<QQ")
 
 
@@ -293,11 +298,14 @@ class Call:
         self.idempotent = idempotent
         self.began = client.run.clock.now
         self.deadline = self.began + timeout
-        self.attempts = 0
-        self.tried: set[str] = set()
+        policy = POLICY._replace(idempotent=idempotent, attempt_timeout=client.hurry)
+        self.attempts: Attempts[str] = Attempts(policy, client.budget, _ns(self.deadline), client.run.clock.dice.random)
         self.link: Link | None = None
+        self.old = False  # the link is from before this attempt
         self.call_id = 0
+        self.sent = self.retries = 0  # how often; retries are those that cost something
         self.may_have_run = False
+        self.hurry: Timer | None = None
         self.outcome: RpcError | int | None = None  # an error, or who answered
         self.timer = client.run.clock.at(self.deadline, lambda: client.give_up(self))
 
@@ -341,7 +349,7 @@ class Link:
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             if call.outcome is None:
-                self.client.failed(call, Unavailable(f"can't connect to {self.address}", not_run=True))
+                self.client.failed(call, Unavailable(f"can't connect to {self.address}", not_run=True), self.address)
 
     def take(self, call: Call) -> None:
         call.link = self
@@ -357,10 +365,9 @@ class Link:
         if call.call_id in self.calls:
             run.violate(f"call_id {call.call_id} was given out twice")
         self.calls[call.call_id] = call
-        call.attempts += 1
-        run.attempted(call)
-        question = QUESTION.pack(call.number, call.attempts)
-        left = call.deadline - run.clock.now
+        call.sent += 1
+        question = QUESTION.pack(call.number, call.sent)
+        left = call.attempts.timeout(_ns(run.clock.now)) / _S
         self.wire.send(0, self.session.request(call.call_id, int(not call.idempotent), question, left))
 
     def forget(self, call: Call) -> None:
@@ -403,8 +410,8 @@ class Link:
             run.violate(f"an answer to call_id {event.call_id}, which is not in flight, came through")
             return
         if event.status:
-            text = "as the provider says"
-            self.client.failed(call, _error(event.status, text, event.not_run))
+            error = RpcError(event.status, "as the provider says", not_run=event.not_run)
+            self.client.failed(call, error, self.address)
             return
         number, token = ANSWER.unpack(event.payload)
         if number != call.number:
@@ -422,7 +429,7 @@ class Link:
         for call in above:
             self.session.forget(call.call_id)
             del self.calls[call.call_id]
-            self.client.failed(call, Unavailable("the provider is shutting down", not_run=True))
+            self.client.failed(call, Unavailable("the provider is shutting down", not_run=True), self.address)
 
     def _end_if_idle(self) -> None:
         if self.session.handle.gone and not self.session.in_flight and not self.over:
@@ -439,16 +446,18 @@ class Link:
         calls, self.calls = list(self.calls.values()), {}
         for call in calls:
             self.session.forget(call.call_id)
-            self.client.failed(call, Unavailable(f"the connection to {self.address} ended"))
+            self.client.failed(call, Unavailable(f"the connection to {self.address} ended"), self.address)
 
 
 class Client:
-    """A process that calls."""
+    """A process that calls. What a call that failed may still try, `mprpc.retry` says."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.links: dict[str, Link] = {}
         self.waiting: list[Call] = []  # for a list
+        self.budget = Budget(RETRY_SHARE, RETRY_RATE, contextlib.nullcontext())
+        self.hurry = 0.0 if run.gentle else run.clock.dice.choice((0.0, 0.3))  # seconds of an attempt
         self._turn = run.clock.dice.randrange(100)
         self.member = Member(run)
         self.member.shown = self._listed
@@ -463,58 +472,83 @@ class Client:
         if self.addresses():
             waiting, self.waiting = self.waiting, []
             for call in waiting:
-                if call.outcome is None:
-                    self.attempt(call)
+                self.attempt(call)
 
-    def attempt(self, call: Call, because: RpcError | None = None) -> None:
+    def start(self, call: Call) -> None:
+        self.budget.called()
+        self.run.called(self)
+        self.attempt(call)
+
+    def attempt(self, call: Call) -> None:
+        """The next attempt, unless the call has ended meanwhile."""
+        if call.outcome is not None:
+            return
         addresses = self.addresses()
-        if not addresses and because is None:
+        if not addresses:
             self.waiting.append(call)
             return
         self._turn += 1
-        for i in range(len(addresses)):
-            address = addresses[(self._turn + i) % len(addresses)]
-            if address not in call.tried:
-                break
-        else:
-            self.complete(call, because or Unavailable("nobody is listed", not_run=True))
+        start = self._turn % len(addresses)
+        address = call.attempts.next(addresses[start:] + addresses[:start])
+        if address is None:
+            self.failed(call, Unavailable("nobody has the method", not_run=True), None)
             return
-        call.tried.add(address)
         link = self.links.get(address)
+        call.old = link is not None and link.connected
         if link is None:
             link = self.links[address] = Link(self, address)
+        now = _ns(self.run.clock.now)
+        own = call.attempts.timeout(now)
+        if own < call.attempts.deadline - now:
+            call.hurry = self.run.clock.later(own / _S, lambda: self._take_too_long(call))
         link.take(call)
 
-    def failed(self, call: Call, error: RpcError) -> None:
+    def _take_too_long(self, call: Call) -> None:
+        """The attempt's own time is over, the call's is not."""
+        link, sent = call.link, bool(call.call_id)
+        if link is not None:
+            link.forget(call)
+            self.failed(call, DeadlineExceeded("no answer in the attempt's time", not_run=not sent), link.address)
+
+    def failed(self, call: Call, error: RpcError, address: str | None) -> None:
         if call.outcome is not None:
             self.run.violate(f"call {call.number} failed after its end")
             return
-        call.link, call.call_id = None, 0
-        call.may_have_run = call.may_have_run or not error.not_run
-        if self.run.may_retry(call, error):
-            self.attempt(call, error)
+        self._leave(call, may_have_run=not error.not_run)
+        pause = call.attempts.after(error, address, self.addresses(), _ns(self.run.clock.now), old=call.old)
+        if pause is None:
+            self.complete(call, call.attempts.problem or error)
+            return
+        self.run.goes_on(call, error)
+        if pause:
+            self.run.clock.later(pause / _S, lambda: self.attempt(call))
         else:
-            self.complete(call, error)
+            self.attempt(call)
 
     def give_up(self, call: Call) -> None:
         if call.link is not None:
-            call.may_have_run = call.may_have_run or bool(call.call_id)
+            may_have_run = bool(call.call_id)
             call.link.forget(call)
+            self._leave(call, may_have_run=may_have_run)
         elif call in self.waiting:
             self.waiting.remove(call)
         self.complete(call, DeadlineExceeded("no answer within the call's deadline", not_run=not call.may_have_run))
+
+    def _leave(self, call: Call, *, may_have_run: bool) -> None:
+        call.link, call.call_id = None, 0
+        call.may_have_run = call.may_have_run or may_have_run
+        if call.hurry is not None:
+            call.hurry.cancel()
 
     def complete(self, call: Call, outcome: RpcError | int) -> None:
         call.timer.cancel()
         if call.outcome is not None:
             self.run.violate(f"call {call.number} ended twice")
             return
-        call.link = None
-        if isinstance(outcome, RpcError) and outcome.not_run and call.may_have_run:
-            outcome = RpcError(outcome.status, outcome.text)  # of an earlier attempt nobody knows
+        self._leave(call, may_have_run=False)
         call.outcome = outcome
         self.run.completed(call)
 
 
-def _error(status: int, text: str, not_run: bool) -> RpcError:
-    return RpcError(status, text, not_run=not_run)
+def _ns(seconds: float) -> int:
+    return round(seconds * _S)

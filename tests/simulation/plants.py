@@ -18,7 +18,7 @@ from unittest import mock
 from cffi import FFI
 
 import generated
-from mprpc import _native_build
+from mprpc import _native_build, retry
 from mprpc.directory import Directory
 from mprpc.registrar import Registrar
 from simulation import actors, run
@@ -87,13 +87,8 @@ def _never(*_: object, **__: object) -> None:
     """An event that nobody hears of."""
 
 
-def _as_if_idempotent(self: Any, call: Any, error: Any) -> bool:
-    call, idempotent = call, call.idempotent
-    try:
-        call.idempotent = True
-        return bool(_may_retry(self, call, error))
-    finally:
-        call.idempotent = idempotent
+def _any(*_: object) -> bool:
+    return True
 
 
 def _give_up_some(self: actors.Client, call: actors.Call) -> None:
@@ -101,10 +96,11 @@ def _give_up_some(self: actors.Client, call: actors.Call) -> None:
         _give_up(self, call)
 
 
-_may_retry, _give_up = run.Run.may_retry, actors.Client.give_up
+_give_up = actors.Client.give_up
 
 IN_PYTHON: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "a call that may have run is made again": (run.Run, "may_retry", _as_if_idempotent),
+    "a call that may have run is made again": (retry.Attempts, "_may_repeat", _any),
+    "a retry without a budget": (retry.Budget, "take", _any),
     "a deadline that is not kept": (actors.Client, "give_up", _give_up_some),
     "a new session that nobody registers in": (Registrar, "connected", _never),
     "a list that no watch renews": (Directory, "fired", _never),

@@ -6,13 +6,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 from discovery_simulator import World
-from mprpc.channel import UnaryCall
 from mprpc.errors import RpcError, Status
-from simulation.actors import Accepted, Call, Client, Provider, Request
+from simulation.actors import POLICY, RETRY_RATE, RETRY_SHARE, Accepted, Call, Client, Provider, Request
 from simulation.network import Clock, Host
 from simulation.sessions import Native
 
@@ -22,6 +20,7 @@ FAULTS = (11, 16)
 STORM = (1.5, 12.0)  # seconds after the start: in which faults begin
 VISIBLE = 6.0  # seconds after the last fault's end within which everybody is sure of just the live providers
 CALM = 2.0  # seconds of calls that must all succeed
+BURST = 10.0  # seconds of the budget's rate, and at least so many retries, that may be saved up
 GENTLE_EVERY = 4  # one seed of so many has only faults that must fail no call
 EXPECTED = {Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.RESOURCE_EXHAUSTED}
 
@@ -54,7 +53,7 @@ class Run:
         self.runners: dict[int, set[int]] = {}
         self.faults: Counter[str] = Counter()
         self.refusing: set[str] = set()
-        self.attempts = 0
+        self.debts: dict[Client, tuple[float, float]] = {}
         self._tokens = 0
         self._digest = hashlib.sha256()
         self.addresses = [f"10.0.0.{i + 1}:8000" for i in range(PROVIDERS)]
@@ -83,8 +82,23 @@ class Run:
         slow = dice.random() < 0.15 and not self.calm
         return dice.uniform(0.1, 2.0) if slow else dice.uniform(0.0, 0.02)
 
-    def attempted(self, call: Call) -> None:
-        self.attempts += 1
+    def called(self, client: Client) -> None:
+        """A call's share of the budget for retries."""
+        debt, when = self.debts.get(client, (0.0, self.clock.now))
+        self.debts[client] = max(0.0, debt - RETRY_SHARE), when
+
+    def goes_on(self, call: Call, error: RpcError) -> None:
+        """Another attempt. One that costs the providers nothing is free; of the others no more than the budget."""
+        if error.not_run and error.status is Status.UNAVAILABLE:
+            return
+        debt, when = self.debts[call.client]
+        debt = max(0.0, debt - (self.clock.now - when) * RETRY_RATE) + 1.0
+        self.debts[call.client] = debt, self.clock.now
+        if debt > max(RETRY_RATE, 1.0) * BURST + 1.0:
+            self.violate(f"call {call.number} is made again, over the channel's budget of retries")
+        call.retries += 1
+        if call.retries > POLICY.retries:
+            self.violate(f"call {call.number} is made again for the {call.retries}th time")
 
     def started(self, request: Request, provider: Provider) -> None:
         call = self.calls[request.number]
@@ -94,9 +108,6 @@ class Run:
             self.violate(f"call {request.number}, which is not idempotent, ran twice")
         if isinstance(call.outcome, RpcError) and call.outcome.not_run:
             self.violate(f"call {request.number} ran after it was said not to have")
-
-    def may_retry(self, call: Call, error: RpcError) -> bool:
-        return UnaryCall._may_retry(SimpleNamespace(_idempotent=call.idempotent), error)  # type: ignore[arg-type]
 
     def completed(self, call: Call) -> None:
         outcome, number = call.outcome, call.number
@@ -190,8 +201,8 @@ class Run:
         return self._cut(address)
 
     def _crowd(self, address: str) -> bool:
-        """Few calls are taken at a time."""
-        self.crowd = 1
+        """One call is taken at a time, or none."""
+        self.crowd = self.clock.dice.choice((0, 1))
         self.clock.later(self.clock.dice.uniform(0.2, 1.5), lambda: setattr(self, "crowd", 40))
         return True
 
@@ -246,7 +257,7 @@ class Run:
         timeout = dice.uniform(shortest, max(longest, shortest * 1.5)) if dice.random() < 0.7 else shortest
         call = Call(len(self.calls), dice.choice(self.clients), dice.random() < 0.5, timeout)
         self.calls.append(call)
-        call.client.attempt(call)
+        call.client.start(call)
 
     def _ping(self) -> None:
         for client in self.clients:
