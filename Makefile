@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt workers simulation
+.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt workers simulation
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -52,12 +52,12 @@ zookeeper-kazoo: build ## kazoo's own tests against the embedded ZooKeeper (two 
 zookeeper-differential: build ## random operations on the embedded and the real ZooKeeper (needs Debian's)
 	$(BIN)/python tests/zookeeper_differential.py --seeds 20 --operations 2000
 
-fuzz: build ## codec and session under libFuzzer, FUZZ_SECONDS each (needs clang and libclang-rt-14-dev)
-	for target in codec session; do mkdir -p .fuzz/$$target.corpus && \
-	    clang -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Imprpc -Itests/c \
-	        tests/fuzz/fuzz_$$target.c tests/c/oracle.c mprpc/_codec.c mprpc/_session.c -o .fuzz/$$target && \
-	    .fuzz/$$target -max_total_time=$${FUZZ_SECONDS:-60} -max_len=600 -artifact_prefix=.fuzz/ \
-	        .fuzz/$$target.corpus tests/fuzz/corpus/$$target || exit 1; done
+fuzz: build ## C and Python under any bytes, FUZZ_SECONDS for each target (C needs clang and libclang-rt-14-dev)
+	$(BIN)/python tests/fuzz --seconds $${FUZZ_SECONDS:-30}
+
+fuzz-long: build ## 10 million executions of each C target, a million of each in Python; goes on (an hour)
+	$(BIN)/python tests/fuzz codec session pair --executions 10000000
+	$(BIN)/python tests/fuzz frames provider channel --executions 1000000
 
 bench: EXTRAS = bench
 bench: ## mprpc beside raw sockets, a hand-written loop, Thrift and gRPC: a minute, with ratios

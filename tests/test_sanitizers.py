@@ -112,7 +112,7 @@ def test_all_literal_bytes_and_their_mutations_end_at_an_unmapped_page(build: Bu
     assert said == f"{len(literal)} vectors, {MUTATIONS} mutations\n"
 
 
-@pytest.mark.parametrize("target", ["codec", "session"])
+@pytest.mark.parametrize("target", ["codec", "session", "pair"])
 def test_the_fuzzers_corpus(build: Build, target: str) -> None:
     inputs = sorted((FUZZ / "corpus" / target).iterdir())
     assert len(inputs) > 10

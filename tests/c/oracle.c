@@ -12,6 +12,7 @@
 #include "_session.h"
 
 enum { LIMIT = 100, CALLS = 40, MANY = 32 };
+enum { FRAGMENT = 63, DRAINS = 64, FRAMED_ONLY = 128 }; /* how a session is fed */
 
 #define MUST(property) ((property) ? (void)0 : fail(#property, __LINE__))
 
@@ -154,10 +155,12 @@ static void turn(struct driver *d, size_t room)
     d->why = used;
 }
 
-static void feed(struct driver *d, int server, const uint8_t *bytes, size_t size, size_t fragment, size_t room)
+static void feed(struct driver *d, int server, const uint8_t *bytes, size_t size, size_t fragment, size_t room,
+                 unsigned how)
 {
     memset(d, 0, sizeof *d);
-    mprpc_session_init(&d->session, server ? services() : NULL, LIMIT, 1);
+    mprpc_session_init(&d->session, server ? services() : NULL, LIMIT, !(how & FRAMED_ONLY));
+    d->session.draining = server && (how & DRAINS);
     for (uint64_t i = 1; !server && i <= CALLS; i++)
         MUST(mprpc_session_call(&d->session, 1000 + i) == i);
     for (size_t at = 0, n; at < size && d->why == 0; at += n) {
@@ -198,15 +201,227 @@ static int same(const struct mprpc_bytes *a, const struct mprpc_bytes *b)
     return a->size == b->size && (a->size == 0 || memcmp(a->at, b->at, a->size) == 0);
 }
 
-void oracle_session(const uint8_t *bytes, size_t size, size_t fragment)
+void oracle_session(const uint8_t *bytes, size_t size, unsigned how)
 {
+    size_t fragment = how & FRAGMENT ? how & FRAGMENT : 1;
+
     for (int server = 0; server < 2; server++) {
         struct driver whole, parts;
-        feed(&whole, server, bytes, size, size ? size : 1, MANY);
-        feed(&parts, server, bytes, size, fragment ? fragment : 1, 1 + fragment % 5);
+        feed(&whole, server, bytes, size, size ? size : 1, MANY, how);
+        feed(&parts, server, bytes, size, fragment, 1 + fragment % 5, how);
         MUST(same(&whole.log, &parts.log));
         MUST(same(&whole.out, &parts.out));
         finish(&whole, bytes, size);
         finish(&parts, bytes, size);
+    }
+}
+
+/* ---- a client and a provider ---- */
+
+enum { OPEN = 256 }; /* calls at a time, and requests */
+
+struct end {
+    struct mprpc_session session;
+    struct mprpc_bytes sent, come; /* under way to the other side; come, and not used yet */
+};
+
+struct pair {
+    struct end client, server;
+    uint64_t calls[OPEN]; /* call_ids, in flight for the client; 0: free */
+    uint64_t requests[OPEN]; /* accepted and not answered; their payload is their call_id */
+    uint64_t pings, pongs, last;
+};
+
+static size_t place(const uint64_t *ids, uint64_t id)
+{
+    for (size_t i = 0; i < OPEN; i++)
+        if (ids[i] == id)
+            return i;
+    return OPEN;
+}
+
+/* The nth that is not free. */
+static size_t nth(const uint64_t *ids, size_t n)
+{
+    for (size_t i = 0; i < OPEN; i++)
+        if (ids[i] && n-- == 0)
+            return i;
+    return OPEN;
+}
+
+static void put_frame(struct end *e, struct mprpc_reply *r, const void *payload)
+{
+    uint8_t head[MPRPC_REPLY_ROOM];
+
+    MUST(mprpc_bytes_add(&e->sent, head, mprpc_put_reply(head, r)) == 0);
+    MUST(mprpc_bytes_add(&e->sent, payload, r->payload_size) == 0);
+}
+
+static void call(struct pair *p, uint8_t method)
+{
+    uint8_t names[32], head[MPRPC_CALL_ROOM + sizeof names];
+    size_t at = place(p->calls, 0);
+    const uint8_t *served = (const uint8_t *)(method % 8 == 7 ? "X" : "M");
+    size_t names_size = mprpc_put_names(names, (const uint8_t *)"a.S", 3, served, 1);
+
+    if (at == OPEN || p->client.session.gone)
+        return;
+    uint64_t id = mprpc_session_call(&p->client.session, 2000 + at);
+    MUST(id > p->last);
+    p->last = p->calls[at] = id;
+    size_t n = mprpc_put_call(head, names, (uint32_t)names_size, sizeof id, id, method, method % 3);
+    MUST(mprpc_bytes_add(&p->client.sent, head, n) == 0 && mprpc_bytes_add(&p->client.sent, &id, sizeof id) == 0);
+}
+
+static void give_up(struct pair *p, size_t n)
+{
+    size_t at = nth(p->calls, n);
+
+    if (at == OPEN)
+        return;
+    struct mprpc_reply cancel = {.kind = MPRPC_CANCEL, .call_id = p->calls[at]};
+    MUST(mprpc_session_forget(&p->client.session, p->calls[at]));
+    MUST(!mprpc_session_forget(&p->client.session, p->calls[at]));
+    p->calls[at] = 0;
+    put_frame(&p->client, &cancel, NULL);
+}
+
+static void answer(struct pair *p, size_t n, int32_t status)
+{
+    uint8_t head[MPRPC_REPLY_ROOM];
+    size_t at = nth(p->requests, n);
+
+    if (at == OPEN)
+        return;
+    uint64_t id = p->requests[at];
+    struct mprpc_reply r = {.call_id = id, .status = status, .payload_size = status ? 0 : sizeof id};
+    int64_t size = mprpc_session_reply(&p->server.session, &r, head);
+    MUST(size > 0);
+    MUST(mprpc_bytes_add(&p->server.sent, head, (size_t)size) == 0);
+    MUST(mprpc_bytes_add(&p->server.sent, &id, r.payload_size) == 0);
+    p->requests[at] = 0;
+}
+
+static void ping(struct pair *p, struct end *from)
+{
+    struct mprpc_reply r = {.kind = MPRPC_PING, .call_id = ++p->pings, .payload_size = sizeof p->pings};
+
+    put_frame(from, &r, &p->pings);
+}
+
+static void on_server(struct pair *p, const struct mprpc_event *e)
+{
+    const struct mprpc_frame *f = &e->frame;
+    size_t at = place(p->requests, f->call_id);
+
+    if (f->kind == MPRPC_CANCEL) {
+        if (at == OPEN)
+            return; /* answered already */
+        mprpc_session_unaccept(&p->server.session);
+        p->requests[at] = 0;
+        return;
+    }
+    MUST(f->kind == MPRPC_REQUEST && at == OPEN && !p->server.session.draining);
+    MUST(f->payload_size == 8 && !memcmp(f->payload, &f->call_id, 8));
+    at = place(p->requests, 0);
+    if (at < OPEN) {
+        p->requests[at] = f->call_id;
+        return;
+    }
+    p->requests[0] = p->requests[0] ? p->requests[0] : f->call_id;
+    mprpc_session_unaccept(&p->server.session); /* more than this harness keeps */
+}
+
+static void on_client(struct pair *p, const struct mprpc_event *e)
+{
+    const struct mprpc_frame *f = &e->frame;
+
+    if (f->kind == MPRPC_PONG) {
+        MUST(f->payload_size == 8 && !memcmp(f->payload, &f->call_id, 8));
+        p->pongs++;
+    } else if (f->kind != MPRPC_GOAWAY) {
+        size_t at = (size_t)e->tag - 2000;
+        MUST(f->kind == MPRPC_RESPONSE && at < OPEN && p->calls[at] == f->call_id);
+        MUST(f->status || (f->payload_size == 8 && !memcmp(f->payload, &f->call_id, 8)));
+        p->calls[at] = 0;
+    }
+}
+
+/* After all events of a receive: among them may be the answer to a call that GOAWAY says never ran. */
+static void look_for_goaway(struct pair *p)
+{
+    for (size_t i = 0; p->client.session.gone && i < OPEN; i++)
+        if (p->calls[i] > p->client.session.goaway_id) {
+            MUST(mprpc_session_forget(&p->client.session, p->calls[i]));
+            p->calls[i] = 0;
+        }
+}
+
+/* The other side gets the first bytes of what is under way. */
+static void carry(struct pair *p, int to_server, size_t size)
+{
+    struct end *from = to_server ? &p->client : &p->server, *to = to_server ? &p->server : &p->client;
+    struct mprpc_event events[4];
+    size_t count;
+    int64_t used;
+
+    size = size < from->sent.size ? size : from->sent.size;
+    if (!size)
+        return;
+    MUST(mprpc_bytes_add(&to->come, from->sent.at, size) == 0);
+    mprpc_bytes_drop(&from->sent, size);
+    do {
+        const uint8_t *bytes = at_the_end(to->come.at, to->come.size);
+        used = mprpc_session_receive(&to->session, bytes, to->come.size, 1000, events, 4, &count, &to->sent);
+        MUST(used >= 0);
+        for (size_t i = 0; i < count; i++)
+            to_server ? on_server(p, &events[i]) : on_client(p, &events[i]);
+        look_for_goaway(p);
+        mprpc_bytes_drop(&to->come, (size_t)used);
+    } while (used > 0);
+}
+
+static void act(struct pair *p, uint8_t byte)
+{
+    size_t number = byte >> 3;
+
+    switch (byte & 7) {
+    case 0: call(p, (uint8_t)number); break;
+    case 1: give_up(p, number); break;
+    case 2: carry(p, 1, 1 + number * number); break;
+    case 3: carry(p, 0, 1 + number * number); break;
+    case 4: answer(p, number, 0); break;
+    case 5: answer(p, number, 13); break;
+    case 6: ping(p, number % 2 ? &p->server : &p->client); break;
+    default:
+        if (number == 31)
+            MUST(mprpc_session_drain(&p->server.session, &p->server.sent) == 0);
+        else
+            carry(p, number % 2, SIZE_MAX);
+    }
+}
+
+void oracle_pair(const uint8_t *bytes, size_t size)
+{
+    static struct pair p;
+
+    memset(&p, 0, sizeof p);
+    mprpc_session_init(&p.client.session, NULL, LIMIT, 0);
+    mprpc_session_init(&p.server.session, services(), LIMIT, 1);
+    for (size_t i = 0; i < size && p.client.sent.size + p.server.sent.size < ORACLE_MAX / 2; i++)
+        act(&p, bytes[i]);
+    do {
+        carry(&p, 1, SIZE_MAX);
+        while (nth(p.requests, 0) < OPEN)
+            answer(&p, 0, 0);
+        carry(&p, 0, SIZE_MAX);
+    } while (p.client.sent.size || p.server.sent.size);
+    MUST(nth(p.calls, 0) == OPEN && p.client.session.in_flight == 0 && p.server.session.in_flight == 0);
+    MUST(p.client.come.size == 0 && p.server.come.size == 0);
+    struct end *ends[] = {&p.client, &p.server};
+    for (int i = 0; i < 2; i++) {
+        mprpc_session_free(&ends[i]->session);
+        mprpc_bytes_free(&ends[i]->sent);
+        mprpc_bytes_free(&ends[i]->come);
     }
 }

@@ -1,4 +1,4 @@
-/* libFuzzer's entry to the session, both sides: an input is the size of its fragments (one byte), then a stream. */
+/* libFuzzer's entry to the session, both sides: an input is how it is fed (one byte), then a stream. */
 #include "oracle.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);

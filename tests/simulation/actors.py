@@ -399,8 +399,8 @@ class Link:
                 self._answered(event)
             elif event.kind == PONG:
                 self._ponged(event)
-            elif event.kind == GOAWAY:
-                self._gone()
+        if any(event.kind == GOAWAY for event in events):
+            self._gone()  # last: the answer to a call that GOAWAY says never ran may be among them
         self._end_if_idle()
 
     def _answered(self, event: Event) -> None:
@@ -427,7 +427,8 @@ class Link:
         self._leave(over=False)
         above = [call for call_id, call in self.calls.items() if call_id > self.session.handle.goaway_id]
         for call in above:
-            self.session.forget(call.call_id)
+            if not self.session.forget(call.call_id):
+                self.client.run.violate(f"call {call.number} was in flight, but not for its session")
             del self.calls[call.call_id]
             self.client.failed(call, Unavailable("the provider is shutting down", not_run=True), self.address)
 
