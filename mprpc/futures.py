@@ -550,8 +550,9 @@ class _Reader:
             if future._deadline > now:
                 self._due = min(self._due, future._deadline)
             elif self._queued.pop(token, None) is not None:
-                name = future._call._method.full_name
-                future._end(None, Unavailable(f"{name}: no connection within the call's deadline", not_run=True))
+                name, attempts = future._call._method.full_name, future._attempts
+                not_run = attempts is None or attempts.number == 0  # else an earlier attempt may have
+                future._end(None, Unavailable(f"{name}: no connection within the call's deadline", not_run=not_run))
         self._tell_room()
 
     # ---- the lanes ----

@@ -206,6 +206,28 @@ def test_deadlines_are_kept_where_nothing_connects() -> None:
         assert time.monotonic() - start < 3
 
 
+def test_a_call_that_runs_out_of_time_before_its_retry_may_have_run() -> None:
+    """It was said not to have: all lanes were busy, and the deadline passed while it waited for one."""
+
+    def lose_the_second(peer: wire.Peer) -> None:
+        peer.frame()
+        peer.send(wire.response(1))
+        peer.frame()
+        peer.reset()
+
+    with held.black_hole() as silent, services.calling(silent) as others:
+        with wire.FakeProvider(lose_the_second) as provider, services.calling(provider.address) as users:
+            login = users.Login.with_options(idempotent=True)
+            login.future(REQUEST, timeout=LONG).result(PATIENCE)
+            waiting = [others.Login.future(REQUEST, timeout=LONG) for _ in range(4 * subject._LANES)]
+            assert becomes(lambda: subject.reader()._lanes - subject.reader()._idle_lanes == subject._LANES)
+            error = login.future(REQUEST, timeout=0.3).exception(PATIENCE)
+            assert isinstance(error, RpcError)
+            assert not error.not_run
+            for each in waiting:
+                each.cancel()
+
+
 def test_no_time_at_all() -> None:
     with services.serving() as provider, services.calling(provider) as users:
         for _ in range(2):

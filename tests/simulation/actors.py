@@ -133,13 +133,14 @@ class Member(Process):
 class Request:
     """One request that a provider has accepted."""
 
-    __slots__ = ("attempt", "call_id", "cancelled", "connection", "deadline", "number", "started")
+    __slots__ = ("attempt", "call_id", "cancelled", "connection", "deadline", "number", "sent", "started")
 
     def __init__(self, connection: Accepted, event: Event) -> None:
         self.connection = connection
         self.call_id = event.call_id
         self.deadline = event.deadline
-        self.number, self.attempt = QUESTION.unpack(event.payload)
+        self.number, self.sent = QUESTION.unpack(event.payload)
+        self.attempt = event.attempt
         self.started = self.cancelled = False
 
 
@@ -368,7 +369,9 @@ class Link:
         call.sent += 1
         question = QUESTION.pack(call.number, call.sent)
         left = call.attempts.timeout(_ns(run.clock.now)) / _S
-        self.wire.send(0, self.session.request(call.call_id, int(not call.idempotent), question, left))
+        self.wire.send(
+            0, self.session.request(call.call_id, int(not call.idempotent), question, left, call.attempts.number)
+        )
 
     def forget(self, call: Call) -> None:
         """Nobody waits for it any more."""

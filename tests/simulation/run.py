@@ -54,6 +54,7 @@ class Run:
         self.faults: Counter[str] = Counter()
         self.refusing: set[str] = set()
         self.debts: dict[Client, tuple[float, float]] = {}
+        self._attempts: set[tuple[int, int]] = set()  # that ran: the call, and the number on the wire
         self._tokens = 0
         self._digest = hashlib.sha256()
         self.addresses = [f"10.0.0.{i + 1}:8000" for i in range(PROVIDERS)]
@@ -106,6 +107,9 @@ class Run:
         self.runners.setdefault(request.number, set()).add(provider.token)
         if self.ran[request.number] > 1 and not call.idempotent:
             self.violate(f"call {request.number}, which is not idempotent, ran twice")
+        if (request.number, request.attempt) in self._attempts:
+            self.violate(f"call {request.number} runs again under the number of another attempt")
+        self._attempts.add((request.number, request.attempt))
         if isinstance(call.outcome, RpcError) and call.outcome.not_run:
             self.violate(f"call {request.number} ran after it was said not to have")
 

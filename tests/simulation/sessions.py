@@ -25,6 +25,7 @@ class Event(NamedTuple):
     tag: int
     deadline: float
     method: int
+    attempt: int
 
 
 class Violation(Exception):
@@ -92,7 +93,7 @@ class Session:
         payload = bytes(self._ffi.buffer(frame.payload, frame.payload_size)) if frame.payload_size else b""
         return Event(
             frame.kind, frame.call_id, payload, frame.status, bool(frame.not_run), event.tag, event.deadline / _S,
-            event.method,
+            event.method, frame.attempt,
         )  # fmt: skip
 
     def _take_output(self) -> bytes:
@@ -127,8 +128,8 @@ class Session:
     def forget(self, call_id: int) -> bool:
         return bool(self._lib.mprpc_session_forget(self.handle, call_id))
 
-    def request(self, call_id: int, method: int, payload: bytes, timeout: float) -> bytes:
+    def request(self, call_id: int, method: int, payload: bytes, timeout: float, attempt: int) -> bytes:
         names, room = self._native.names[method], self._native.room
         ms = max(1, -int(-timeout * 1000 // 1))
-        size = self._lib.mprpc_put_call(room, names, len(names), len(payload), call_id, ms, 0)
+        size = self._lib.mprpc_put_call(room, names, len(names), len(payload), call_id, ms, attempt)
         return bytes(self._ffi.buffer(room, size)) + payload
