@@ -2,12 +2,15 @@
  * of `UnaryCall` and does what most calls are, one positional request, perhaps a timeout, a connection that is there, a
  * response. Everything else is handed to that class's methods, which decide. Rules: who is in a call holds the Link, so
  * that its connection is freed under nobody; the call's state is on this thread's stack, so every way out of `attempt`
- * has ended or forgotten it. */
+ * has ended or forgotten it; a call that has begun is counted once, with what it ended with. */
 #include "_fast.h"
-#include "_channel.h"
+#include "_link.h"
+#include "_tally.h"
 
 #include <string.h>
 #include <structmember.h>
+
+enum { CANCELLED = 1 };
 
 static const double LONGEST = 1e9; /* seconds; a longer timeout, such as infinity, means this one */
 
@@ -24,6 +27,8 @@ typedef struct {
     PyObject *names;                    /* bytes: the method's, as the wire has them */
     PyObject *next;                     /* a callable: whose turn it is; or NULL, since */
     PyObject *endpoint;                 /* it is always this one's */
+    PyObject *counts;                   /* cffi's, which owns */
+    struct mprpc_tally *tally;          /* the channel's for this method */
     uint64_t timeout;                   /* ns, where the call gives none */
     Py_ssize_t payload_max;
     unsigned long long calls; /* that were plain; Python takes them away */
@@ -31,7 +36,7 @@ typedef struct {
 } Call;
 
 static PyTypeObject *link_type;
-static PyObject *name_link, *name_general, *name_connect, *name_failed, *name_error, *name_parsed; /* interned */
+static PyObject *name_link, *name_general, *name_connect, *name_failed, *name_error, *name_parsed, *name_status; /* interned */
 
 /* ---- links ---- */
 
@@ -155,6 +160,57 @@ static PyObject *attempt(Call *self, const struct given *g, PyObject **error, ui
     return outcome >= 0 ? parsed(self, response) : NULL;
 }
 
+/* ---- what is counted ---- */
+
+static uint64_t begun(Call *self)
+{
+    mprpc_tally_begin_shared(self->tally);
+    return mprpc_clock();
+}
+
+/* What the exception that is set stands for: an RpcError's status; what else ended a call has cancelled it. */
+static long status_raised(void)
+{
+    PyObject *kind, *value, *traceback, *status;
+    long number = CANCELLED;
+
+    PyErr_Fetch(&kind, &value, &traceback);
+    status = value ? PyObject_GetAttr(value, name_status) : NULL;
+    if (status && PyLong_Check(status))
+        number = PyLong_AsLong(status);
+    Py_XDECREF(status);
+    PyErr_Clear();
+    PyErr_Restore(kind, value, traceback);
+    return number;
+}
+
+static PyObject *ended(Call *self, uint64_t began, PyObject *response)
+{
+    long status = response ? 0 : status_raised();
+
+    mprpc_tally_end_shared(self->tally, status, mprpc_clock() - began);
+    return response;
+}
+
+/* _begun(): a call of Python's has begun; when, for _ended(when, status). */
+static PyObject *call_begun(PyObject *self, PyObject *nothing)
+{
+    (void)nothing;
+    return PyLong_FromUnsignedLongLong(((Call *)self)->tally ? begun((Call *)self) : 0);
+}
+
+static PyObject *call_ended(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    uint64_t began = count == 2 ? PyLong_AsUnsignedLongLong(args[0]) : 0;
+    long status = count == 2 ? PyLong_AsLong(args[1]) : 0;
+
+    if (PyErr_Occurred())
+        return NULL;
+    if (began)
+        mprpc_tally_end_shared(((Call *)self)->tally, status, mprpc_clock() - began);
+    Py_RETURN_NONE;
+}
+
 /* ---- a call ---- */
 
 /* 1: the arguments are those of a plain call; 0: of another one, or wrong. */
@@ -255,6 +311,7 @@ static PyObject *call(PyObject *object, PyObject *args, PyObject *kwargs)
     Call *self = (Call *)object;
     struct given g = {0};
     PyObject *request, *timeout, *response = NULL;
+    uint64_t began;
 
     if (!self->plain || mprpc_inherits() || !plain_arguments(args, kwargs, &request, &timeout) ||
         (PyObject *)Py_TYPE(request) != self->kind || !plain_timeout(self, timeout, &g.timeout))
@@ -264,9 +321,11 @@ static PyObject *call(PyObject *object, PyObject *args, PyObject *kwargs)
     if (g.link)
         g.payload = PyObject_CallFunctionObjArgs(self->serialize, request, NULL);
     if (!g.link) {
-        response = unconnected(self, request, timeout, g.endpoint);
+        began = begun(self);
+        response = ended(self, began, unconnected(self, request, timeout, g.endpoint));
     } else if (g.payload && PyBytes_Size(g.payload) <= self->payload_max) {
-        response = call_plainly(self, &g);
+        began = begun(self);
+        response = ended(self, began, call_plainly(self, &g));
     } else { /* Python serializes it again, to say what is wrong with it */
         PyErr_Clear();
         response = general(self, args, kwargs);
@@ -316,6 +375,7 @@ static int call_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(c->parse);
     Py_VISIT(c->next);
     Py_VISIT(c->endpoint);
+    Py_VISIT(c->counts);
     return 0;
 }
 
@@ -330,6 +390,8 @@ static int call_clear(PyObject *self)
     Py_CLEAR(c->names);
     Py_CLEAR(c->next);
     Py_CLEAR(c->endpoint);
+    c->tally = NULL;
+    Py_CLEAR(c->counts);
     return 0;
 }
 
@@ -346,14 +408,21 @@ static void call_dealloc(PyObject *self)
 static int call_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     Call *c = (Call *)self;
-    PyObject *request_class, *response_class, *names, *next, *endpoint;
-    unsigned long long timeout;
+    PyObject *request_class, *response_class, *names, *next, *endpoint, *counts;
+    unsigned long long timeout, tally;
     Py_ssize_t payload_max;
 
     call_clear(self);
-    if (kwargs || !PyArg_ParseTuple(args, "OOSKnOO", &request_class, &response_class, &names, &timeout, &payload_max,
-                                    &next, &endpoint))
+    if (!PyArg_ParseTuple(args, "OOSKnOKOO", &request_class, &response_class, &names, &timeout, &payload_max, &counts,
+                          &tally, &next, &endpoint))
         return -1;
+    if (kwargs || !tally) {
+        PyErr_SetString(PyExc_TypeError, "Call() takes no keywords, and a tally");
+        return -1;
+    }
+    Py_INCREF(counts);
+    c->counts = counts;
+    c->tally = (struct mprpc_tally *)(uintptr_t)tally;
     Py_INCREF(request_class);
     c->kind = request_class;
     Py_INCREF(names);
@@ -374,6 +443,8 @@ static int call_init(PyObject *self, PyObject *args, PyObject *kwargs)
 
 static PyMethodDef call_methods[] = {
     {"_send", call_send, METH_VARARGS, NULL},
+    {"_begun", call_begun, METH_NOARGS, NULL},
+    {"_ended", (PyCFunction)(void (*)(void))call_ended, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -420,7 +491,8 @@ int mprpc_add_call(PyObject *module)
 {
     if (intern(&name_link, "link") < 0 || intern(&name_general, "_general") < 0 ||
         intern(&name_connect, "_connect_and_call") < 0 || intern(&name_failed, "_failed") < 0 ||
-        intern(&name_error, "_error") < 0 || intern(&name_parsed, "_parsed") < 0)
+        intern(&name_error, "_error") < 0 ||
+        intern(&name_parsed, "_parsed") < 0 || intern(&name_status, "status") < 0)
         return -1;
     return add_type(module, &link_spec, "Link", &link_type) < 0 ? -1 : add_type(module, &call_spec, "Call", NULL);
 }

@@ -1,4 +1,5 @@
-/* What became of one method's calls. One thread at a time writes, any thread reads: no lock and no locked instruction. */
+/* What became of one method's calls. A provider's loop has its own: one thread at a time writes, any thread reads, without
+ * a locked instruction. A channel's is shared by all threads that call. */
 #ifndef MPRPC_TALLY_H
 #define MPRPC_TALLY_H
 
@@ -51,6 +52,23 @@ static inline void mprpc_tally_took(struct mprpc_tally *t, uint64_t ns)
 {
     mprpc_count(&t->nanoseconds, ns);
     mprpc_count(&t->took[mprpc_tally_bucket(ns)], 1);
+}
+
+static inline void mprpc_count_shared(uint64_t *n, uint64_t more)
+{
+    __atomic_fetch_add(n, more, __ATOMIC_RELAXED);
+}
+
+static inline void mprpc_tally_begin_shared(struct mprpc_tally *t)
+{
+    mprpc_count_shared(&t->begun, 1);
+}
+
+static inline void mprpc_tally_end_shared(struct mprpc_tally *t, int64_t status, uint64_t ns)
+{
+    mprpc_count_shared(&t->ended[status >= 0 && status < MPRPC_TALLY_STATUSES ? status : 2], 1);
+    mprpc_count_shared(&t->nanoseconds, ns);
+    mprpc_count_shared(&t->took[mprpc_tally_bucket(ns)], 1);
 }
 
 /* Any thread: adds what is there to `to`, which is the caller's own. */

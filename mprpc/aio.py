@@ -30,7 +30,7 @@ from mprpc._native import ffi, lib
 from mprpc.channel import MprpcChannel
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
-from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
+from mprpc.errors import Cancelled, DeadlineExceeded, ResourceExhausted, RpcError, Status, Unavailable
 from mprpc.futures import MAIL, PASSING, Mail, Mailbox
 from mprpc.subchannel import new_link, split_address
 from mprpc.unary_call import UnaryCall, changed_policy, policy_of
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mprpc.balancer import Strategy
     from mprpc.pool import EndpointState
     from mprpc.retry import Attempts, Hedging, Policy
+    from mprpc.statistics import ChannelStatistics
     from mprpc.subchannel import Subchannel
 
 __all__ = ["AsyncMprpcChannel", "AsyncUnaryCall"]
@@ -81,6 +82,10 @@ class AsyncMprpcChannel:
     def endpoints(self) -> list[EndpointState]:
         """As `MprpcChannel.endpoints`."""
         return self._channel.endpoints()
+
+    def statistics(self) -> ChannelStatistics:
+        """As `MprpcChannel.statistics`."""
+        return self._channel.statistics()
 
     async def close(self) -> None:
         """Ends all connections, other event loops' too; calls in flight and later ones fail with Unavailable."""
@@ -230,6 +235,27 @@ class AsyncUnaryCall(Generic[Request, Response]):
         self, request: Request, timeout: float | None, controller: MprpcController | None, *, settled: bool
     ) -> Response:
         call = self._made or await self._make()
+        if type(request) is not call._request_class:
+            raise call._wrong_request(request)
+        began, status = call._begun(), Status.CANCELLED  # unless it ends in another way
+        try:
+            response = await self._answer(call, request, timeout, controller, settled)
+            status = Status.OK
+            return response
+        except RpcError as error:
+            status = error.status
+            raise
+        finally:
+            call._ended(began, status)
+
+    async def _answer(
+        self,
+        call: UnaryCall[Any, Response],
+        request: Request,
+        timeout: float | None,
+        controller: MprpcController | None,
+        settled: bool,
+    ) -> Response:
         payload, nanoseconds = call._prepare(request, timeout)
         call._calls += 1
         deadline = time.monotonic_ns() + nanoseconds

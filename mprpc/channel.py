@@ -16,6 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from mprpc._native import ffi
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import ConfigError, RpcError, Unavailable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mprpc.balancer import Strategy
     from mprpc.pool import EndpointState, Pools
     from mprpc.registry import Endpoint, Registry, ServiceView, Snapshot
+    from mprpc.statistics import ChannelStatistics
 
 __all__ = ["MprpcChannel", "stub"]
 
@@ -78,6 +80,7 @@ class MprpcChannel:
         self._hedgings: weakref.WeakSet[Hedging] = weakref.WeakSet()
         self._registry: Registry | None = None
         self._endpoints: dict[tuple[str, bool], Subchannel] = {}
+        self._tallies: dict[str, Any] = {}  # of each method that calls were made for, by full name
         self._views: dict[str, ServiceView] = {}
         self._found: weakref.WeakSet[Found] = weakref.WeakSet()
         self._chooses = balancer, tags
@@ -154,6 +157,14 @@ class MprpcChannel:
 
         return [fixed_state(self._fixed())]
 
+    def statistics(self) -> ChannelStatistics:
+        """What became of all calls so far, by method, and what the endpoints are like. Any thread."""
+        from mprpc.statistics import channel_statistics
+
+        with self._lock:
+            tallies, endpoints = dict(self._tallies), list(self._endpoints.values())
+        return channel_statistics(tallies, {each.address: each.load for each in endpoints}, self._budget.taken)
+
     def close(self) -> None:
         """Ends all connections; calls in flight and later ones fail with Unavailable. Bounded, and may be repeated."""
         with self._lock:
@@ -189,6 +200,12 @@ class MprpcChannel:
         hedging = Hedging(policy, threading.Lock())
         self._hedgings.add(hedging)
         return hedging
+
+    def _tally(self, method: str) -> Any:
+        with self._lock:
+            if method not in self._tallies:
+                self._tallies[method] = ffi.new("struct mprpc_tally *")
+            return self._tallies[method]
 
     def _view(self, service: ServiceDescriptor) -> ServiceView:
         with self._lock:
@@ -254,6 +271,8 @@ class MprpcChannel:
             hedging.forget_forked(threading.Lock())
         self._registry = self._known_pools = None
         self._views.clear()
+        for tally in self._tallies.values():
+            tally.begun = sum(tally.ended)  # the parent's calls in flight end there
         for endpoint in self._endpoints.values():
             endpoint.forget_forked()
         for found in list(self._found):

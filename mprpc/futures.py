@@ -31,7 +31,7 @@ from google.protobuf.message import DecodeError, Message
 from mprpc import context
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
-from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Unavailable
+from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Status, Unavailable
 
 if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
@@ -86,6 +86,7 @@ class CallFuture(Future[Response], Generic[Response]):
     _hedge: _Hedge[Any] | None = None  # its second request, while that is under way
     _held: BaseException | None = None  # what the first one came to meanwhile
     _began = 0  # where it may be hedged: when, monotonic ns
+    _counted = 0  # when it was counted as begun
 
     def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
         self._waiters: list[Any] = []
@@ -101,6 +102,7 @@ class CallFuture(Future[Response], Generic[Response]):
             self._state = CANCELLED_AND_NOTIFIED
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
+        self._call._ended(self._counted, Status.CANCELLED)
         reader().forget(self)
         self._ends_with(None)
         self._leave()
@@ -175,6 +177,8 @@ class CallFuture(Future[Response], Generic[Response]):
             self._result, self._exception, self._state = response, error, FINISHED
             for waiter in self._waiters:
                 waiter.add_result(self) if error is None else waiter.add_exception(self)
+        status = 0 if failed is None else failed.status if isinstance(failed, RpcError) else Status.CANCELLED
+        self._call._ended(self._counted, status)
         return True
 
     def _ends_with(self, error: BaseException | None) -> bool:
@@ -648,7 +652,10 @@ def start_future(
     call: UnaryCall[Any, Response], request: Message, timeout: float | None, controller: MprpcController | None
 ) -> CallFuture[Response]:
     """What `UnaryCall.future` does."""
+    if type(request) is not call._request_class:
+        raise call._wrong_request(request)
     future = CallFuture(call, controller)
+    future._counted = call._begun()
     if controller is not None:
         timeout = controller._begin(future._stop, timeout)
         if future.done():
@@ -672,9 +679,9 @@ def start_future(
     try:
         _start(future, nanoseconds)
     except ResourceExhausted as error:
+        future._end(None, error)
         if controller is None:
             raise
-        future._end(None, error)
     except RpcError as error:
         future._end(None, error)
     return future

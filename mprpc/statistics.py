@@ -7,19 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mprpc._native import ffi, lib
 from mprpc.errors import Status
 
-__all__ = ["Latency", "MethodStatistics", "ProviderStatistics", "method_statistics", "provider_statistics"]
+if TYPE_CHECKING:
+    from mprpc.subchannel import Load
+
+__all__ = [
+    "ChannelStatistics",
+    "EndpointStatistics",
+    "Latency",
+    "MethodStatistics",
+    "ProviderStatistics",
+    "method_statistics",
+    "provider_statistics",
+]
 
 _NS = 1_000_000_000
 _LEAST: int = lib.MPRPC_TALLY_LEAST
 
 
 class Latency(NamedTuple):
-    """How long handlers took, with parsing and serializing: until their response was there, also when it came later.
+    """Of a provider, how long handlers took, with parsing and serializing: until their response was there, also when it
+    came later. Of a channel, how long callers waited, however their calls ended, retries included.
 
     `counts`: calls in each bucket of C's histogram, four to a power of two, so that a time is known to within an
     eighth; `seconds`: all their time together.
@@ -83,6 +95,33 @@ class ProviderStatistics(NamedTuple):
     in_flight: int
 
 
+class EndpointStatistics(NamedTuple):
+    """One endpoint as the calls to it tell, over all its connections; a call's attempts count each.
+
+    `failed`: broken, timed out, unavailable or refused as overloaded, and attempts to connect; `failing`: of these the
+    ones since the last success. `latency`: seconds, jumps up to a slow call at once and forgets it over ten seconds;
+    0.0 where nothing is known.
+    """
+
+    in_flight: int
+    ended: int
+    failed: int
+    failing: int
+    latency: float
+
+
+class ChannelStatistics(NamedTuple):
+    """A channel's calls so far.
+
+    `methods`: by full name, `package.Service.Method`, those that a stub was made for; `endpoints`: by address;
+    `retries`: further attempts that were paid from the channel's budget.
+    """
+
+    methods: Mapping[str, MethodStatistics]
+    endpoints: Mapping[str, EndpointStatistics]
+    retries: int
+
+
 def method_statistics(tally: Any) -> MethodStatistics:
     """Of a `struct mprpc_tally`. Any thread."""
     ended = list(tally.ended)
@@ -111,6 +150,20 @@ def provider_statistics(handles: list[Any], methods: list[str]) -> ProviderStati
         accepted=sum(each.accepted for each in counted),
         broken=sum(each.broken for each in counted),
         in_flight=sum(each.in_flight for each in counted),
+    )
+
+
+def channel_statistics(tallies: Mapping[str, Any], loads: Mapping[str, Load], retries: int) -> ChannelStatistics:
+    """Of the methods' and the endpoints' records. Any thread."""
+    return ChannelStatistics(
+        MappingProxyType({name: method_statistics(tally) for name, tally in tallies.items()}),
+        MappingProxyType(
+            {
+                address: EndpointStatistics(load.in_flight, load.ended, load.failed, load.failing, load.latency / _NS)
+                for address, load in loads.items()
+            }
+        ),
+        retries,
     )
 
 

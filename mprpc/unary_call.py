@@ -28,6 +28,7 @@ from mprpc.errors import (
     InvalidArgument,
     ResourceExhausted,
     RpcError,
+    Status,
     Unavailable,
 )
 from mprpc.fast import native
@@ -66,6 +67,10 @@ if TYPE_CHECKING:
         def _send(
             self, endpoint: Subchannel, link: Any, payload: bytes, timeout: int, attempt: int, flag: int
         ) -> Any: ...
+
+        def _begun(self) -> int: ...  # counts a call; when it began, monotonic ns
+
+        def _ended(self, began: int, status: int) -> None: ...
 
 else:
     _Call = native.Call
@@ -133,12 +138,15 @@ class UnaryCall(_Call, Generic[Request, Response]):
 
     def _begin(self, target: Target) -> None:
         self._target = target
+        tally = self._channel._tally(self._method.full_name)
         super().__init__(
             self._request_class,
             self._response_class,
             self._names,
             self._timeout_ns,
             self._max_payload,
+            tally,
+            int(ffi.cast("uintptr_t", tally)),
             *((None, target.next()) if isinstance(target, Fixed) else (target.next, None)),
         )
         self._plain = not self._hurries and self._hedging is None
@@ -156,11 +164,25 @@ class UnaryCall(_Call, Generic[Request, Response]):
         """A call that is not plain, or not known to be."""
         if self._hedging is not None and _may_wait():
             return self._hedged(request, timeout, controller)
-        if controller is not None:
-            return self._controlled(request, timeout, controller)
-        if context.handled() is not None:
-            return self._within(request, timeout, MprpcController())
-        return self._call(request, timeout, None)
+        if type(request) is not self._request_class:
+            raise self._wrong_request(request)
+        began, status = self._begun(), Status.CANCELLED  # unless it ends in another way
+        try:
+            if controller is not None:
+                response = self._controlled(request, timeout, controller)
+                status = controller.status
+            elif context.handled() is not None:
+                response = self._within(request, timeout, MprpcController())
+                status = Status.OK
+            else:
+                response = self._call(request, timeout, None)
+                status = Status.OK
+        except RpcError as error:
+            status = error.status
+            raise
+        finally:
+            self._ended(began, status)
+        return response
 
     def with_options(
         self,
