@@ -148,10 +148,25 @@ void mprpc_link_promote(struct mprpc_link *k)
         }
 }
 
+static _Atomic uint64_t counts[MPRPC_REASONS]; /* by reason's negative, over all connections */
+
+static void tally(int64_t reason)
+{
+    if (reason < 0)
+        atomic_fetch_add_explicit(&counts[-reason], 1u, memory_order_relaxed);
+}
+
+uint64_t mprpc_link_count(int64_t reason)
+{
+    return reason < 0 && reason > -MPRPC_REASONS ? atomic_load_explicit(&counts[-reason], memory_order_relaxed) : 0;
+}
+
 void mprpc_link_die(struct mprpc_link *k, int64_t reason)
 {
-    if (!k->dead)
+    if (!k->dead) {
         k->dead = reason;
+        tally(reason);
+    }
     k->now = mprpc_clock();
     if (k->wire)
         mprpc_wire_shutdown(k->wire, 1);
@@ -491,8 +506,10 @@ int64_t mprpc_link_send(struct mprpc_link *k, struct mprpc_call *c, const uint8_
     c->reason = k->dead ? k->dead : k->session.gone ? MPRPC_LINK_GOAWAY : 0;
     if (c->reason)
         return MPRPC_CALL_BROKEN;
-    if (k->unsent_max && k->out.size - k->sent > k->unsent_max)
+    if (k->unsent_max && k->out.size - k->sent > k->unsent_max) {
+        tally(MPRPC_LINK_UNSENT);
         return MPRPC_CALL_FULL;
+    }
     c->id = mprpc_session_call(&k->session, (uint64_t)(uintptr_t)c);
     if (!c->id)
         return MPRPC_CALL_FULL;
@@ -612,6 +629,7 @@ static struct mprpc_link *link_new(int fd, struct mprpc_wire *wire, uint32_t pay
     pthread_cond_init(&k->changed, NULL);
 #endif
     mprpc_session_init(&k->session, NULL, payload_max, 0);
+    k->session.counts = counts;
     k->fd = fd;
     k->wire = wire;
     k->used = k->now = k->heard = mprpc_clock();

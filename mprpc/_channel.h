@@ -26,6 +26,7 @@ enum {
     MPRPC_LINK_CLOSED = -61,
     MPRPC_LINK_GOAWAY = -62,
     MPRPC_LINK_SILENT = -63, /* PING was not answered */
+    MPRPC_LINK_UNSENT = -59, /* only counted: a call over unsent_max was refused */
 };
 
 /* Set once, by whoever cancels a call. Zeroed at first; lives as long as a call has it. */
@@ -60,6 +61,8 @@ struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t paylo
  * keepalive_timeout: ns of further silence after which the connection ends, MPRPC_LINK_SILENT. unsent_max: bytes that
  * may wait to be written when a call comes (0, as at first: any). */
 void mprpc_link_limit(struct mprpc_link *link, uint64_t keepalive_time, uint64_t keepalive_timeout, size_t unsent_max);
+/* Any thread. How often a connection of this process ended, or dropped a frame, for that reason (below 0). */
+uint64_t mprpc_link_count(int64_t reason);
 /* Nobody may be in a call. */
 void mprpc_link_free(struct mprpc_link *link);
 /* Any thread. Ends all calls in flight; later ones end at once. */

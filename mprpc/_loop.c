@@ -150,11 +150,14 @@ struct connection {
     uint64_t discarded;
     size_t sent;       /* bytes at the start of out */
     size_t progress;   /* in.size when `since` was set */
+    uint64_t skip;     /* session.skip then */
+    size_t weighed;    /* in.room, as counted in the loop's buffered */
     uint32_t slot, generation;
     int fd;
     struct mprpc_wire *wire; /* of a connection within the process, or NULL */
     uint8_t events;   /* as told to the poller */
     uint8_t waiting;  /* whole frames are left in `in`: it stands in the loop's queue, unless it is full */
+    uint8_t stuffed;  /* it was full, and has not read enough since */
     uint8_t parked;   /* waiting and full: out of the queue until its peer has read */
     uint8_t ended;    /* no more requests: what is left is to send `out`, end our side, and wait for the peer's */
     uint8_t shut;     /* our side is ended */
@@ -200,6 +203,7 @@ struct mprpc_loop {
     uint64_t *queue; /* connections with whole frames left, in order */
     size_t queued, queue_room;
     uint64_t now;
+    uint64_t buffered; /* bytes that partial frames take */
 
     uint8_t *arena;
     size_t arena_size;
@@ -232,6 +236,7 @@ struct mprpc_loop {
     struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
     size_t incident_count;
     uint64_t incidents_lost;
+    _Atomic uint64_t counts[MPRPC_REASONS];
     atomic_uint open; /* connections, read by the accepting loop */
     uint64_t accepted, taken, broken, in_flight; /* written by whoever turns the loop, read by any */
     uint64_t began;                              /* the handler that runs, or would be next */
@@ -290,8 +295,14 @@ static void peer_name(int fd, char *to)
         snprintf(to, MPRPC_PEER_MAX, "unix:");
 }
 
+static void tally(struct mprpc_loop *l, int64_t reason)
+{
+    atomic_fetch_add_explicit(&l->counts[-reason], 1u, memory_order_relaxed);
+}
+
 static void incident(struct mprpc_loop *l, int fd, int64_t reason)
 {
+    tally(l, reason);
     l->slow = MPRPC_TURN_SLOW;
     if (l->incident_count == MPRPC_INCIDENTS_MAX) {
         l->incidents_lost++;
@@ -354,10 +365,17 @@ static void watch(struct mprpc_loop *l, struct connection *c)
         c->events = (uint8_t)events;
 }
 
+static void weigh(struct mprpc_loop *l, struct connection *c)
+{
+    l->buffered += c->in.room - c->weighed;
+    c->weighed = c->in.room;
+}
+
 static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
 {
     struct linger abort = {1, 0};
 
+    l->buffered -= c->weighed;
     unlist(c);
     if (c->session.in_flight)
         cancelled(l, key_of(c), 0);
@@ -387,6 +405,7 @@ static void end(struct mprpc_loop *l, struct connection *c)
         c->ended = 1;
         c->waiting = c->parked = 0;
         mprpc_bytes_free(&c->in);
+        weigh(l, c);
         enlist(c, &l->lingering, l->now);
     }
     if (c->out.size == c->sent && !c->shut) {
@@ -455,6 +474,10 @@ static int put(struct mprpc_loop *l, struct connection *c, const void *head, siz
         destroy(l, c, 1);
         return -1;
     }
+    if (full(l, c) && !c->stuffed) {
+        c->stuffed = 1;
+        tally(l, MPRPC_SLOW_READER);
+    }
     if (full(l, c) && c->list == &l->frames)
         unlist(c); /* it is we who don't read: its frame can't make progress */
     watch(l, c);
@@ -486,6 +509,7 @@ static void resume(struct mprpc_loop *l, struct connection *c)
         enqueue(l, c);
     } else if (!c->list && !c->waiting && (c->in.size || c->session.skip)) {
         c->progress = c->in.size;
+        c->skip = c->session.skip;
         enlist(c, &l->frames, l->now);
     }
 }
@@ -510,8 +534,10 @@ static void writable(struct mprpc_loop *l, struct connection *c)
         enlist(c, &l->lingering, l->now);
         end(l, c);
     } else {
-        if (!full(l, c))
+        if (!full(l, c)) {
+            c->stuffed = 0;
             resume(l, c);
+        }
         if (connection_at(l, key) == c)
             watch(l, c);
     }
@@ -619,6 +645,7 @@ int mprpc_loop_expired(struct mprpc_loop *l, uint32_t i)
 
     if (i >= l->count || !l->requests[i].deadline || l->requests[i].deadline > l->began)
         return 0;
+    tally(l, MPRPC_EXPIRED);
     mprpc_loop_fail(l, i, DEADLINE_EXCEEDED, 1, (const uint8_t *)text, sizeof text - 1, NULL, 0);
     return 1;
 }
@@ -683,6 +710,7 @@ static void expired_at_once(struct mprpc_loop *l, struct connection *c, uint64_t
     struct mprpc_reply r = {.call_id = call_id, .status = DEADLINE_EXCEEDED, .not_run = 1,
                             .text = (const uint8_t *)text, .text_size = sizeof text - 1};
 
+    tally(l, MPRPC_EXPIRED);
     answer(l, key_of(c), &r, NULL, 0);
 }
 
@@ -743,8 +771,19 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
     }
 }
 
-/* Keeps what the session has not used, and minds whether the frame that begins there makes progress. */
-static void keep(struct mprpc_loop *l, struct connection *c, size_t used, size_t left)
+/* Whether what has come since it was last asked is worth as much again: a byte now and then is not, be it of a frame or
+ * of a payload that is only discarded. */
+static int progressed(const struct connection *c)
+{
+    uint64_t skip = c->session.skip;
+
+    return skip ? c->skip < skip || c->skip - skip >= PROGRESS_MIN
+                : c->in.size - c->progress >= PROGRESS_MIN || c->progress > c->in.size;
+}
+
+/* Keeps what the session has not used, and minds whether the frame that begins there makes progress. fresh: a frame
+ * was finished. */
+static void keep(struct mprpc_loop *l, struct connection *c, int fresh, size_t left)
 {
     if (left == 0)
         mprpc_bytes_free(&c->in);
@@ -757,11 +796,16 @@ static void keep(struct mprpc_loop *l, struct connection *c, size_t used, size_t
         enqueue(l, c);
     } else if (full(l, c)) {
         unlist(c);
-    } else if (used || c->list != &l->frames || c->in.size - c->progress >= PROGRESS_MIN ||
-               c->progress > c->in.size) {
+    } else if (fresh || c->list != &l->frames || progressed(c)) {
         c->progress = c->in.size;
+        c->skip = c->session.skip;
         enlist(c, &l->frames, l->now);
     }
+}
+
+static int no_room(const struct mprpc_loop *l, size_t more)
+{
+    return l->limits.input_max && more && l->buffered + more > l->limits.input_max;
 }
 
 /* Shows the session bytes[0, size): the arena's, or (own) those of c->in. Requests point into them, so they stay until
@@ -771,7 +815,7 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
 {
     struct mprpc_bytes out = {0}, whole = {0};
     size_t count, room = MPRPC_BATCH_MAX - l->count;
-    uint64_t key = key_of(c);
+    uint64_t key = key_of(c), skip = c->session.skip;
     int64_t used = mprpc_session_receive(&c->session, bytes, size, received, l->events,
                                          room < MPRPC_FAIR_MAX ? room : MPRPC_FAIR_MAX, &count, &out);
 
@@ -793,10 +837,12 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
         c->received = received;
         if (used < 0)
             broken(l, c, used);
+        else if ((used || !own) && no_room(l, left))
+            broken(l, c, MPRPC_NO_ROOM);
         else if ((used || !own) && mprpc_bytes_add(&c->in, bytes + used, left))
             broken(l, c, MPRPC_NO_MEMORY);
         else
-            keep(l, c, (size_t)used, left);
+            keep(l, c, (uint64_t)used > skip, left);
     }
     if (!count)
         free(whole.at);
@@ -834,6 +880,10 @@ static void readable(struct mprpc_loop *l, struct connection *c)
     ssize_t n;
 
     if (own && !c->ended) {
+        if (no_room(l, before)) {
+            broken(l, c, MPRPC_NO_ROOM);
+            return;
+        }
         if (c->in.room - before < MPRPC_CHUNK && mprpc_bytes_reserve(&c->in, before)) { /* doubles with what came */
             broken(l, c, MPRPC_NO_MEMORY);
             return;
@@ -896,8 +946,10 @@ static void queue_on(struct mprpc_loop *l)
             memcpy(at, c->in.at, c->in.size);
             consume(l, c, at, c->in.size, c->received, 0);
         }
-        if (connection_at(l, queue[i]) == c)
+        if (connection_at(l, queue[i]) == c) {
+            weigh(l, c);
             watch(l, c);
+        }
     }
     for (size_t i = 0; i < kept; i++) {
         struct connection *c = connection_at(l, queue[i]);
@@ -925,12 +977,19 @@ static void reap(struct mprpc_loop *l, struct connection *c)
 {
     struct mprpc_bytes out = {0};
 
-    if (c->session.dialect != MPRPC_FRAMED || c->out.size > c->sent)
+    if (c->out.size > c->sent) {
+        atomic_fetch_add(&l->broken, 1u);
+        incident(l, c->fd, MPRPC_UNREAD);
         destroy(l, c, 1);
-    else if (c->session.draining)
+    } else if (c->session.dialect != MPRPC_FRAMED) {
+        tally(l, MPRPC_IDLE);
+        destroy(l, c, 1);
+    } else if (c->session.draining) {
         end(l, c);
-    else if (mprpc_session_drain(&c->session, &out) == 0)
+    } else if (mprpc_session_drain(&c->session, &out) == 0) {
+        tally(l, MPRPC_IDLE);
         put(l, c, out.at, out.size, NULL, 0);
+    }
     mprpc_bytes_free(&out);
 }
 
@@ -1001,6 +1060,8 @@ static void establish(struct mprpc_loop *l, int fd, struct mprpc_wire *wire)
         goto refused;
     }
     mprpc_session_init(&c->session, l->services, l->limits.payload_max, (int)l->limits.classic);
+    c->session.calls_max = l->limits.calls_max;
+    c->session.counts = l->counts;
     c->session.draining = (uint8_t)(l->draining != 0); /* without GOAWAY: it may be a classic one */
     c->fd = fd;
     c->wire = wire;
@@ -1380,6 +1441,8 @@ static void serve(struct mprpc_loop *l, const struct ready *r)
             readable(l, c);
         else if (connection_at(l, r->key) == c && c->peer_end && !(r->events & OUT))
             destroy(l, c, 0); /* both sides have ended, or it was reset */
+        if (connection_at(l, r->key) == c)
+            weigh(l, c);
     }
 }
 
@@ -1524,6 +1587,12 @@ size_t mprpc_loop_incidents(struct mprpc_loop *l, struct mprpc_incident *to, uin
     l->incident_count = 0;
     l->incidents_lost = 0;
     return n;
+}
+
+void mprpc_loop_counts(struct mprpc_loop *l, uint64_t *to)
+{
+    for (size_t i = 0; i < MPRPC_REASONS; i++)
+        to[i] = atomic_load_explicit(&l->counts[i], memory_order_relaxed);
 }
 
 void mprpc_loop_statistics(struct mprpc_loop *l, struct mprpc_loop_statistics *to)

@@ -22,6 +22,8 @@ struct mprpc_limits {
     uint32_t payload_max;     /* bytes */
     uint32_t output_max;      /* bytes waiting for a slow reader before its requests are no longer read */
     uint32_t connections_max; /* over all loops of a provider */
+    uint32_t calls_max;       /* in flight on one connection; 0: any */
+    uint64_t input_max;       /* bytes of unfinished frames, over all connections of this loop; 0: any */
     uint32_t classic;         /* is the dialect served */
 };
 
@@ -41,6 +43,12 @@ enum mprpc_trouble {
     MPRPC_CROWDED = -41,       /* a connection over connections_max was refused */
     MPRPC_NO_DESCRIPTOR = -42, /* no descriptor was left for a connection */
     MPRPC_LONG_CLASSIC = -43,  /* a classic response over 1,024 bytes, which the C++ consumer reads only the start of */
+    MPRPC_UNREAD = -44,        /* a peer read nothing of an answer for idle_timeout */
+    MPRPC_NO_ROOM = -45,       /* input_max bytes of unfinished frames wait */
+    /* Only counted. */
+    MPRPC_SLOW_READER = -50,   /* output_max bytes waited for a peer, which was no longer read from */
+    MPRPC_IDLE = -51,          /* a connection without a call for idle_timeout was ended */
+    MPRPC_EXPIRED = -52,       /* a request's deadline passed before it ran */
 };
 
 /* Outlives its turn: whom to answer later. */
@@ -120,6 +128,8 @@ int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
  * `settle` ns, or when `grace` ns have passed, the connections end and the turn returns MPRPC_TURN_STOPPED. Again, with
  * less grace: sooner. */
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
+/* Any thread. How often what happened, by reason's negative: MPRPC_REASONS numbers. */
+void mprpc_loop_counts(struct mprpc_loop *loop, uint64_t *to);
 /* Any thread. */
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
 void mprpc_loop_tally(struct mprpc_loop *loop, uint32_t method, struct mprpc_tally *to); /* adds */

@@ -234,6 +234,19 @@ void mprpc_session_free(struct mprpc_session *s)
     s->ring = 0;
 }
 
+static void tally(struct mprpc_session *s, int reason)
+{
+    if (s->counts)
+        atomic_fetch_add_explicit(&s->counts[-reason], 1u, memory_order_relaxed);
+}
+
+static int stray(struct mprpc_session *s)
+{
+    s->strays++;
+    tally(s, MPRPC_STRAY);
+    return 0;
+}
+
 static int put(struct mprpc_bytes *out, const struct mprpc_reply *r, const uint8_t *payload)
 {
     size_t room = (size_t)MPRPC_REPLY_ROOM + r->text_size + r->details_size + r->payload_size;
@@ -245,13 +258,16 @@ static int put(struct mprpc_bytes *out, const struct mprpc_reply *r, const uint8
 }
 
 /* Answers a request that never reaches a handler. In the classic dialect there is no such answer. */
-static int refuse(struct mprpc_session *s, const struct mprpc_frame *f, int32_t status, const char *text,
+static int refuse(struct mprpc_session *s, const struct mprpc_frame *f, int reason, int32_t status, const char *text,
                   struct mprpc_bytes *out)
 {
     struct mprpc_reply r = {.call_id = f->call_id, .kind = MPRPC_RESPONSE, .status = status, .not_run = 1,
                             .text = (const uint8_t *)text, .text_size = (uint32_t)strlen(text)};
 
-    return s->dialect == MPRPC_CLASSIC ? MPRPC_NO_CLASSIC : put(out, &r, NULL);
+    if (s->dialect == MPRPC_CLASSIC)
+        return MPRPC_NO_CLASSIC;
+    tally(s, reason);
+    return put(out, &r, NULL);
 }
 
 static int pong(struct mprpc_session *s, const struct mprpc_frame *f, struct mprpc_bytes *out)
@@ -290,23 +306,26 @@ static int request(struct mprpc_session *s, struct mprpc_event *e, uint64_t now,
     if (dialect == MPRPC_FRAMED && f->call_id <= s->last_id)
         return MPRPC_BAD_ORDER;
     if (s->draining) {
-        int told = refuse(s, f, UNAVAILABLE, "the provider is shutting down", out);
+        int told = refuse(s, f, MPRPC_LEAVING, UNAVAILABLE, "the provider is shutting down", out);
         return told < 0 || s->draining == TOLD ? told : goaway(s, out);
     }
     s->last_id = f->call_id;
     if (f->payload_size > s->payload_max)
-        return refuse(s, f, RESOURCE_EXHAUSTED, "the request is larger than the provider's max_payload", out);
+        return refuse(s, f, MPRPC_OVERSIZED, RESOURCE_EXHAUSTED,
+                      "the request is larger than the provider's max_payload", out);
+    if (s->calls_max && s->in_flight >= s->calls_max)
+        return refuse(s, f, MPRPC_BUSY, RESOURCE_EXHAUSTED, "too many calls of this connection are in flight", out);
     if (f->metadata_count > MPRPC_METADATA_MAX)
-        return refuse(s, f, INVALID_ARGUMENT, "more than 128 metadata entries", out);
+        return refuse(s, f, MPRPC_METADATA, INVALID_ARGUMENT, "more than 128 metadata entries", out);
     if (f->compression)
-        return refuse(s, f, UNIMPLEMENTED, "this provider takes no compressed payload", out);
+        return refuse(s, f, MPRPC_COMPRESSED, UNIMPLEMENTED, "this provider takes no compressed payload", out);
     const struct entry *m = s->last;
     if (!m || !is(m, f->service, f->service_size, f->method, f->method_size))
         m = find(s->services, f->service, f->service_size, f->method, f->method_size);
     if (m)
         s->last = m;
     if (!m || m->index == WHOLE_SERVICE)
-        return refuse(s, f, UNIMPLEMENTED,
+        return refuse(s, f, MPRPC_UNKNOWN_METHOD, UNIMPLEMENTED,
                       serves(s->services, f) ? "the service has no such method" : "no such service here", out);
     e->method = m->index;
     e->deadline = f->timeout_ms ? now + f->timeout_ms * UINT64_C(1000000) : 0;
@@ -326,12 +345,11 @@ static int on_server(struct mprpc_session *s, struct mprpc_event *e, uint64_t no
     if (f->kind == MPRPC_PING)
         return pong(s, f, out);
     if (f->kind > MPRPC_GOAWAY && f->kind <= MPRPC_KIND_ANSWERED)
-        return refuse(s, f, UNIMPLEMENTED, "this provider does not know that kind of frame", out);
+        return refuse(s, f, MPRPC_UNKNOWN_KIND, UNIMPLEMENTED, "this provider does not know that kind of frame",
+                      out);
     if (f->kind == MPRPC_CANCEL)
         return 1;
-    if (f->kind != MPRPC_GOAWAY)
-        s->strays++;
-    return 0;
+    return f->kind == MPRPC_GOAWAY ? 0 : stray(s);
 }
 
 void mprpc_session_unaccept(struct mprpc_session *s)
@@ -427,10 +445,8 @@ static int response(struct mprpc_session *s, struct mprpc_event *e)
     static const char packed[] = "the response is compressed, which was not asked for";
     struct mprpc_frame *f = &e->frame;
 
-    if (!mprpc_session_forget(s, f->call_id)) {
-        s->strays++;
-        return 0;
-    }
+    if (!mprpc_session_forget(s, f->call_id))
+        return stray(s);
     e->tag = s->tags[f->call_id & (s->ring - 1)];
     int over = f->payload_size > s->payload_max;
     if (!over && !f->compression)
@@ -454,7 +470,7 @@ static int on_client(struct mprpc_session *s, struct mprpc_event *e, struct mprp
         s->gone = 1;
         s->goaway_id = f->call_id;
         return 1;
-    default: s->strays++; return 0;
+    default: return stray(s);
     }
 }
 
@@ -491,7 +507,7 @@ int64_t mprpc_session_receive(struct mprpc_session *s, const uint8_t *bytes, siz
     size_t used = 0;
 
     *count = 0;
-    while (*count < room) {
+    for (size_t taken = 0; *count < room && taken < MPRPC_FRAMES_MAX; taken++) {
         used += discard(s, size - used);
         if (size - used < s->need || used == size)
             break;

@@ -5,6 +5,8 @@
 
 #include "_codec.h"
 
+#include <stdatomic.h>
+
 /* Bytes that grow. Zeroed is empty; mprpc_bytes_free when done. */
 struct mprpc_bytes {
     uint8_t *at;
@@ -31,6 +33,8 @@ enum {
     MPRPC_CALLS_MAX = 65536,       /* calls in flight on one connection; past it a call is refused at once */
     MPRPC_NAMES_MAX = 4096,        /* bytes of a method's serialized names */
     MPRPC_ERROR_TEXT_MAX = 4096,   /* bytes of a response's text: one line for a person */
+    MPRPC_FRAMES_MAX = 256,        /* frames taken at once, also of those that make no event: a flood of them holds up
+                                      nobody else */
     MPRPC_DETAILS_MAX = 32768,     /* bytes of error_details; both leave the header far under its limit */
 };
 
@@ -44,6 +48,18 @@ enum mprpc_violation {
     MPRPC_NO_CLASSIC = -25,  /* a classic request that gets no answer: its dialect has no form for an error */
     MPRPC_NO_MEMORY = -26,
 };
+/* What is refused, or dropped, while the session goes on: counted. */
+enum mprpc_refusal {
+    MPRPC_STRAY = -27,          /* a response that nobody waits for, a kind that means nothing here */
+    MPRPC_OVERSIZED = -28,      /* a request over payload_max */
+    MPRPC_METADATA = -29,       /* a request with over MPRPC_METADATA_MAX entries */
+    MPRPC_UNKNOWN_METHOD = -30, /* or service */
+    MPRPC_UNKNOWN_KIND = -31,
+    MPRPC_COMPRESSED = -32,
+    MPRPC_BUSY = -33, /* a request over calls_max */
+    MPRPC_LEAVING = -34, /* a request behind GOAWAY */
+};
+enum { MPRPC_REASONS = 64 }; /* all reasons of this side are above its negative: what counts are indexed by */
 /* The same in words, for a log or an error text. A constant. */
 const char *mprpc_why(int64_t reason);
 
@@ -61,6 +77,8 @@ struct mprpc_session {
     uint32_t in_flight;
     uint32_t strays;                       /* frames dropped: late responses, kinds that mean nothing here */
     uint32_t payload_max;
+    uint32_t calls_max;                    /* server: in flight, a request too many is refused; 0: any */
+    _Atomic uint64_t *counts;              /* by reason's negative, MPRPC_REASONS of them, or NULL */
     uint8_t dialect, classic_allowed, draining, gone; /* gone: the peer sent GOAWAY */
 };
 

@@ -109,6 +109,12 @@ class RpcProvider:
         """Where it listens, `host:port` (the real port), `unix:/path` or `memory:name`; empty before start()."""
         return self._address
 
+    def incidents(self) -> dict[str, int]:
+        """How often what went wrong on connections, by kind (`incidents.py` says what each means), since start()."""
+        from mprpc.incidents import of_loops
+
+        return of_loops(loop.handle for loop in self._loops)
+
     def start(self) -> None:
         """Listens, starts the loops' threads, begins to register; returns when calls can come.
 
@@ -466,6 +472,8 @@ class _Loop:
         limits.payload_max = config.max_payload
         limits.output_max = config.max_output
         limits.connections_max = config.max_connections
+        limits.calls_max = config.max_in_flight
+        limits.input_max = max(1, config.max_input // config.loops)
         limits.classic = config.classic
         handle = lib.mprpc_loop_new(services, limits, "MPRPC_POLL" in os.environ)
         if handle == ffi.NULL:
@@ -748,6 +756,8 @@ _TROUBLES = {
     lib.MPRPC_STALLED: "{peer} sent a part of a frame and then nothing within frame_timeout: closed",
     lib.MPRPC_CROWDED: "{peer} was refused: max_connections are open",
     lib.MPRPC_NO_DESCRIPTOR: "{peer} was refused: the process has no file descriptor left (ulimit -n)",
+    lib.MPRPC_UNREAD: "{peer} has read nothing of its answers for idle_timeout: closed",
+    lib.MPRPC_NO_ROOM: "{peer} is closed: max_input bytes of unfinished requests wait",
     lib.MPRPC_LONG_CLASSIC: "{peer} got a classic response over 1024 bytes: the C++ consumer reads only its start",
 }
 

@@ -291,8 +291,8 @@ def test_unsent_requests_are_bounded() -> None:
         with calling(provider.address, max_unsent=1_000_000, keepalive_time=0.0) as users:
             large = services.LoginRequest(name=b"x" * 400_000)
             futures = [users.Login.future(large) for _ in range(200)]
+            wait_until(lambda: sum(each.done() for each in futures) > 100, "what the kernel did not take has failed")
             refused = [each.exception(0) for each in futures if each.done()]
-            assert 100 < len(refused) < 200  # the kernel takes some
             assert all(isinstance(each, mprpc.ResourceExhausted) and each.not_run for each in refused)
             assert "max_unsent" in str(refused[0])
         release.set()

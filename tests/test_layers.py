@@ -17,7 +17,7 @@ PACKAGE = generated.ROOT / "mprpc"
 LAYERS = [
     {"errors", "config", "log"},
     {"_native", "fast"},
-    {"controller", "service", "statistics"},
+    {"controller", "incidents", "service", "statistics"},
     # registry and balancer, with the rooms that they were divided into
     {
         "administration",
