@@ -295,14 +295,14 @@ static void peer_name(int fd, char *to)
         snprintf(to, MPRPC_PEER_MAX, "unix:");
 }
 
-static void tally(struct mprpc_loop *l, int64_t reason)
+static void note(struct mprpc_loop *l, int64_t reason)
 {
     atomic_fetch_add_explicit(&l->counts[-reason], 1u, memory_order_relaxed);
 }
 
 static void incident(struct mprpc_loop *l, int fd, int64_t reason)
 {
-    tally(l, reason);
+    note(l, reason);
     l->slow = MPRPC_TURN_SLOW;
     if (l->incident_count == MPRPC_INCIDENTS_MAX) {
         l->incidents_lost++;
@@ -476,7 +476,7 @@ static int put(struct mprpc_loop *l, struct connection *c, const void *head, siz
     }
     if (full(l, c) && !c->stuffed) {
         c->stuffed = 1;
-        tally(l, MPRPC_SLOW_READER);
+        note(l, MPRPC_SLOW_READER);
     }
     if (full(l, c) && c->list == &l->frames)
         unlist(c); /* it is we who don't read: its frame can't make progress */
@@ -645,7 +645,7 @@ int mprpc_loop_expired(struct mprpc_loop *l, uint32_t i)
 
     if (i >= l->count || !l->requests[i].deadline || l->requests[i].deadline > l->began)
         return 0;
-    tally(l, MPRPC_EXPIRED);
+    note(l, MPRPC_EXPIRED);
     mprpc_loop_fail(l, i, DEADLINE_EXCEEDED, 1, (const uint8_t *)text, sizeof text - 1, NULL, 0);
     return 1;
 }
@@ -710,7 +710,7 @@ static void expired_at_once(struct mprpc_loop *l, struct connection *c, uint64_t
     struct mprpc_reply r = {.call_id = call_id, .status = DEADLINE_EXCEEDED, .not_run = 1,
                             .text = (const uint8_t *)text, .text_size = sizeof text - 1};
 
-    tally(l, MPRPC_EXPIRED);
+    note(l, MPRPC_EXPIRED);
     answer(l, key_of(c), &r, NULL, 0);
 }
 
@@ -982,12 +982,12 @@ static void reap(struct mprpc_loop *l, struct connection *c)
         incident(l, c->fd, MPRPC_UNREAD);
         destroy(l, c, 1);
     } else if (c->session.dialect != MPRPC_FRAMED) {
-        tally(l, MPRPC_IDLE);
+        note(l, MPRPC_IDLE);
         destroy(l, c, 1);
     } else if (c->session.draining) {
         end(l, c);
     } else if (mprpc_session_drain(&c->session, &out) == 0) {
-        tally(l, MPRPC_IDLE);
+        note(l, MPRPC_IDLE);
         put(l, c, out.at, out.size, NULL, 0);
     }
     mprpc_bytes_free(&out);
