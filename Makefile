@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt workers simulation
+.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries workers simulation
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -81,6 +81,9 @@ cycles: build ## 500 starts and stops with ZooKeeper up, down and silent (3 minu
 
 hunt: build ## 2 million calls, a third of which give up, on a connection that is reset all the time (4 minutes)
 	$(BIN)/python tests/reliability hunt --count $${HUNT_CALLS:-2000000}
+
+retries: build ## outages of 30 s with retries, and hedges past a slow provider (4 minutes)
+	$(BIN)/python tests/reliability retries
 
 workers: build ## what a second worker process is worth, 50 rolling restarts and 50 deaths (4 minutes, real ZooKeeper)
 	$(BIN)/python tests/reliability workers

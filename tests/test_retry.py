@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import random
 import time
 from collections.abc import Callable
@@ -206,6 +207,44 @@ def test_retries_stay_within_the_budget(seed: int) -> None:
             assert free <= 3 * (2 * len(endpoints) + 1)
             now += pause
     assert tokens.taken <= calls * share + now / S * rate + 10 * max(rate, 1.0)
+
+
+def outage(tokens: Budget, policy: Policy, seed: int = 1) -> tuple[float, float]:
+    """A virtual outage of 30 s of four endpoints that 200 calls a second are made to: how many times as many requests
+    as before they get meanwhile, and in the first five seconds after it."""
+    chance = random.Random(seed)
+    begin, end, stop = 10 * S, 40 * S, 45 * S
+    requests: list[int] = []
+    queue: list[tuple[int, int, Attempts[str]]] = []
+    now = number = 0
+    while now < stop:
+        number += 1
+        heapq.heappush(queue, (now, number, Attempts(policy, tokens, now + 2 * S, chance.random)))
+        tokens.called()
+        now += S // 200
+        while queue and queue[0][0] <= now:
+            at, order, call = heapq.heappop(queue)
+            endpoint = call.next("abcd")
+            requests.append(at)
+            if begin <= at < end and (pause := call.after(BROKEN, endpoint, "abcd", at)) is not None:
+                heapq.heappush(queue, (at + max(pause, S // 1000), order, call))
+    before = sum(at < begin for at in requests) / 10
+    meanwhile = sum(begin <= at < end for at in requests) / 30
+    after = sum(end <= at < stop for at in requests) / 5
+    return meanwhile / before, after / before
+
+
+def test_after_an_outage_the_load_is_what_it_was() -> None:
+    meanwhile, after = outage(budget(), IDEMPOTENT._replace(backoff_max=1.0))
+    assert 1.2 <= meanwhile <= 1.2 + 10 / 200 + 100 / 200 / 30 + 0.01
+    assert after <= 1.2
+
+
+def test_without_a_budget_an_outage_would_multiply_the_load() -> None:
+    """What the test above is worth."""
+    meanwhile, after = outage(budget(100.0, 1e6), IDEMPOTENT._replace(retries=10, backoff_max=1.0))
+    assert meanwhile > 3
+    assert after > 1.2
 
 
 def test_a_hedge_begins_elsewhere_and_is_not_retried() -> None:

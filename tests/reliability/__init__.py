@@ -1,8 +1,9 @@
 """Long runs that hurt: restarts, kills and ZooKeeper's faults under a steady load, with what must hold checked.
 
-    python tests/reliability rolling|kill|faults|outage|herd|cycles|hunt|workers [--seed N] [--count N] [--minutes M]
+    python tests/reliability RUN [--seed N] [--count N] [--minutes M]
 
-A run prints its progress, then a table, and exits with 1 if anything that must hold did not. Providers (`member.py`)
-and consumers (`caller.py`) are processes of their own, which `fleet.py` drives by lines of JSON; their clocks are one,
-the machine's monotonic one. The runs hold no thresholds of their own: what must hold is said where it is checked.
+RUN is one of rolling, kill, faults, outage, herd, cycles, hunt, retries, workers. It prints its progress, then a table,
+and exits with 1 if anything that must hold did not. Providers (`member.py`) and consumers (`caller.py`) are processes
+of their own, which `fleet.py` drives by lines of JSON; their clocks are one, the machine's monotonic one. The runs hold
+no thresholds of their own: what must hold is said where it is checked.
 """
