@@ -6,6 +6,7 @@ of its input:  python clients.py SYSTEM PORT
     latency N            ->  p50, p99, mean of N Login calls, ns
     bulk N SIZE          ->  seconds for N echoes of SIZE bytes
     threads N SECONDS    ->  calls that N threads on one channel made
+    sleeping N MS        ->  when N threads have called a method that sleeps so long 3 times each; they go on
     closed SECONDS       ->  calls that N processes made, each on its own connection: SYSTEM PORT closed N
 """
 
@@ -36,6 +37,7 @@ class Client:
 
     login: Callable[[], Any]
     echo: Callable[[bytes], bytes]
+    sleep: Callable[[int], Any]  # ms; mprpc's alone
     close: Callable[[], Any]
 
     def latency(self, count: int) -> list[int]:
@@ -98,6 +100,7 @@ class Mprpc(Client):
         channel.wait_ready(5)
         self.login = lambda: users.Login(user_pb2.LoginRequest(name=NAME, pwd=PWD))
         self.echo = lambda data: bench.Echo(bench_pb2.Blob(data=data)).data
+        self.sleep = lambda milliseconds: bench.Sleep(bench_pb2.Pause(milliseconds=milliseconds))
         self.close = channel.close
 
 
@@ -230,6 +233,22 @@ def threads(client: Client, count: int, seconds: float) -> dict[str, float]:
     return {"calls": sum(made), "seconds": time.monotonic() - start}
 
 
+def sleeping(client: Client, count: int, milliseconds: int) -> dict[str, float]:
+    called = threading.Barrier(count + 1)
+
+    def call() -> None:
+        for _ in range(3):
+            client.sleep(milliseconds)
+        called.wait()
+        while True:
+            client.sleep(milliseconds)
+
+    for _ in range(count):
+        threading.Thread(target=call, daemon=True).start()
+    called.wait()
+    return {}
+
+
 def closed(make: Callable[[], Client], count: int) -> Callable[[float], dict[str, float]]:
     """Forks processes that each make a client of their own; what is returned lets all call for so many seconds."""
     commands: list[socket.socket] = []
@@ -277,6 +296,7 @@ def main() -> None:
             "latency": partial(latency, client),
             "bulk": partial(bulk, client),
             "threads": partial(threads, client),
+            "sleeping": partial(sleeping, client),
         }
     print("{}", flush=True)
     for line in sys.stdin:

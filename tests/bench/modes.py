@@ -193,6 +193,19 @@ def threads(bench: Bench) -> None:
             bench.add("threads", system, calls=told["calls"] / told["seconds"])
 
 
+def slow(bench: Bench) -> None:
+    """One loop: a fast method's latency with 20 calls of one that sleeps 100 ms in flight all the time, and without."""
+    if not bench.systems("mprpc"):
+        return
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(Server("mprpc")) for name in ("mprpc", "mprpc_slow")}
+        calling = {name: stack.enter_context(Caller("mprpc", server.port)) for name, server in running.items()}
+        stack.enter_context(Caller("mprpc", running["mprpc_slow"].port)).tell("sleeping", 20, 100)
+        for name in bench.interleave(list(calling)):
+            told = calling[name].tell("latency", bench.count(5000))
+            bench.add("slow", name, p50=told["p50"] / 1000, p99=told["p99"] / 1000)
+
+
 def scaling(bench: Bench) -> None:
     """p50 of one connection on one core as connections, methods and loops grow; all of it ours."""
     with ExitStack() as stack:
@@ -224,6 +237,7 @@ MODES: dict[str, Callable[[Bench], None]] = {
     "loops": loops,
     "busy": busy,
     "threads": threads,
+    "slow": slow,
     "scaling": scaling,
 }
 QUICK = ("latency_one_core", "latency_two_cores", "capacity", "pipelined")

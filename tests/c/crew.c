@@ -1,7 +1,7 @@
-/* crew MILLISECONDS COUNT: that many loops without sockets, whose handlers are fast, slow, about as long as the watcher's period, run as
- * jobs, or wait for a call that their own loop serves. What a leader owns is plain memory, so that the sanitizer sees two
- * leaders. Every request must run once and be answered once, and none may wait for ever: with MPRPC_PLANT_STRANDED
- * defined one does, which this program has to find. */
+/* crew MILLISECONDS COUNT: that many loops without sockets, whose handlers are fast, slow, about as long as the watcher's
+ * period, run as jobs, ask their loop for something, or wait for a call that their own loop serves. What a leader owns is
+ * plain memory, so that the sanitizer sees two leaders. Every request must run once and be answered once, and none may
+ * wait for ever: with MPRPC_PLANT_STRANDED defined one does, which this program has to find. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -23,7 +23,7 @@ enum {
     PERIOD = 200000, /* ns */
     PATIENCE = 5,    /* seconds */
 };
-enum { FAST, EDGE, SLOW, JOB, CALLS, KINDS };
+enum { FAST, EDGE, SLOW, JOB, CALLS, ASKS };
 
 #define MUST(what) ((what) ? (void)0 : fail(#what, __LINE__))
 
@@ -85,7 +85,7 @@ struct request {
 struct loop { /* its leader's */
     struct request requests[BATCH];
     uint32_t count, at;
-    uint64_t random;
+    uint64_t random, asked;
     struct hand *running; /* whose handler runs */
     uint32_t replies[BATCH], reply_count;
     pthread_mutex_t mutex; /* of what follows */
@@ -125,13 +125,29 @@ static void call_own(struct loop *l)
     atomic_fetch_sub(&calling, 1u);
 }
 
-static void handle(struct loop *l, uint32_t id, uint32_t kind, uint64_t *random)
+/* A handler that takes its loop back for a moment, again and again, until it has been relieved. */
+static void ask_own(struct loop *l, struct hand *h)
+{
+    uint64_t begin = clock_ns();
+
+    while (mprpc_leader_ends(h->member)) {
+        l->asked++;
+        mprpc_leader_goes_on(h->member);
+        if (clock_ns() - begin > PATIENCE * UINT64_C(1000000000))
+            fail("a batch is stranded behind a handler that asks", __LINE__);
+        nap(PERIOD / 20);
+    }
+}
+
+static void handle(struct loop *l, uint32_t id, uint32_t kind, struct hand *h)
 {
     MUST(atomic_fetch_add(&ran[id], 1) == 0);
     if (kind == EDGE)
-        nap(PERIOD / 2 + chance(random, 3 * PERIOD));
+        nap(PERIOD / 2 + chance(&h->random, 3 * PERIOD));
     else if (kind == SLOW)
         nap(PERIOD * 10);
+    else if (kind == ASKS)
+        ask_own(l, h);
     else if (kind == CALLS)
         call_own(l);
 }
@@ -139,7 +155,7 @@ static void handle(struct loop *l, uint32_t id, uint32_t kind, uint64_t *random)
 static uint32_t any_kind(struct loop *l, int rested)
 {
     uint32_t dice = rested ? 60 : chance(&l->random, 1000);
-    uint32_t kind = dice < 10 ? EDGE : dice < 15 ? SLOW : dice < 60 ? JOB : dice < 65 ? CALLS : FAST;
+    uint32_t kind = dice < 10 ? EDGE : dice < 15 ? SLOW : dice < 60 ? JOB : dice < 65 ? CALLS : dice < 68 ? ASKS : FAST;
 
     if (kind == CALLS && atomic_fetch_add(&calling, 1u) >= CALLING) {
         atomic_fetch_sub(&calling, 1u);
@@ -188,7 +204,7 @@ static void do_job(struct hand *h)
     MUST(queued > 0);
     uint32_t id = queue[--queued];
     pthread_mutex_unlock(&queue_mutex);
-    handle(NULL, id, chance(&h->random, 2) ? SLOW : EDGE, &h->random);
+    handle(NULL, id, chance(&h->random, 2) ? SLOW : EDGE, h);
     answer(id);
 }
 
@@ -231,7 +247,7 @@ static int serve_batch(struct loop *l, struct hand *h)
         }
         l->running = h;
         mprpc_leader_begins(h->member);
-        handle(l, id, kind, &h->random);
+        handle(l, id, kind, h);
         if (!mprpc_leader_ends(h->member))
             return 0;
         l->running = NULL;
