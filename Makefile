@@ -82,7 +82,7 @@ cycles: build ## 500 starts and stops with ZooKeeper up, down and silent (3 minu
 hunt: build ## 2 million calls, a third of which give up, on a connection that is reset all the time (4 minutes)
 	$(BIN)/python tests/reliability hunt --count $${HUNT_CALLS:-2000000}
 
-retries: build ## outages of 30 s with retries, and hedges past a slow provider (4 minutes)
+retries: build ## outages of 30 s with retries, and hedges past slow providers (7 minutes)
 	$(BIN)/python tests/reliability retries
 
 workers: build ## what a second worker process is worth, 50 rolling restarts and 50 deaths (4 minutes, real ZooKeeper)
