@@ -143,7 +143,9 @@ class Subchannel:
         now = time.monotonic()
         if self._closed or not self.health.out or now < self.health.rests_until:
             return
-        answered = self._answers()
+        self._judge_probe(self._answers())
+
+    def _judge_probe(self, answered: bool) -> None:
         with self._judging:
             back = self.health.probed(answered, time.monotonic())
         if not back:

@@ -13,9 +13,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from discovery_simulator import SERVICE, SESSION_TIMEOUT, Process
-from mprpc.desk import Action, Replace, Show
+from mprpc._native import lib
+from mprpc.balancer import STRATEGIES
+from mprpc.config import MprpcConfig
+from mprpc.desk import Action, Replace, ReportDown, Show
 from mprpc.errors import DeadlineExceeded, RpcError, Status, Unavailable
+from mprpc.pool import Pool, Pools
 from mprpc.retry import Attempts, Budget, Policy
+from mprpc.subchannel import Subchannel
 from simulation.network import Timer, Wire
 from simulation.sessions import CANCEL, GOAWAY, PING, PONG, RESPONSE, Event, Session, Violation
 
@@ -31,7 +36,9 @@ ZOOKEEPER_LATENCY = (0.0005, 0.01)
 RECONNECT = (0.05, 0.6)
 POLICY = Policy(idempotent=False, retries=3, backoff=0.05, backoff_max=1.0, attempt_timeout=0.0)  # the keys' defaults
 RETRY_SHARE, RETRY_RATE = 0.2, 1.0  # less a second than by default, so that the budget is felt
+CONFIG = MprpcConfig()
 _S = 1_000_000_000
+_FAULT = dict.fromkeys((Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.RESOURCE_EXHAUSTED), lib.MPRPC_LOAD_FAILED)
 QUESTION, ANSWER = struct.Struct("<QI"), struct.Struct("<QQ")
 
 
@@ -300,10 +307,13 @@ class Call:
         self.began = client.run.clock.now
         self.deadline = self.began + timeout
         policy = POLICY._replace(idempotent=idempotent, attempt_timeout=client.hurry)
-        self.attempts: Attempts[str] = Attempts(policy, client.budget, _ns(self.deadline), client.run.clock.dice.random)
+        self.attempts: Attempts[Remote] = Attempts(
+            policy, client.budget, _ns(self.deadline), client.run.clock.dice.random
+        )
         self.link: Link | None = None
         self.old = False  # the link is from before this attempt
         self.call_id = 0
+        self.sent_at = 0
         self.sent = self.retries = 0  # how often; retries are those that cost something
         self.may_have_run = False
         self.hurry: Timer | None = None
@@ -314,9 +324,10 @@ class Call:
 class Link:
     """A client's end of a connection, from the moment at which it is asked for."""
 
-    def __init__(self, client: Client, address: str) -> None:
+    def __init__(self, client: Client, remote: Remote) -> None:
         self.client = client
-        self.address = address
+        self.remote = remote
+        self.address = address = remote.address
         self.connected = self.over = False
         self.session = Session(client.run.native, server=False)
         self.calls: dict[int, Call] = {}  # in flight, by call_id
@@ -328,15 +339,17 @@ class Link:
         run.clock.at(max(run.clock.now + 2 * self.wire.latency(), self.wire.host.silent_until), self._connect)
 
     def _connect(self) -> None:
-        provider = self.client.run.providers.get(self.address)
+        provider = self.client.run.reachable(self.address)
         if self.over:
             return
-        if provider is None or provider.dead or self.address in self.client.run.refusing:
+        if provider is None:
             self._fail()
             return
         self._timeout.cancel()
         self.connected = True
         provider.accept(self.wire)
+        self.remote.link = self
+        self.remote.reached()
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             if call.outcome is None:
@@ -347,10 +360,11 @@ class Link:
             return
         self._timeout.cancel()
         self._leave()
+        self.remote.unreachable("it can't be reached")
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             if call.outcome is None:
-                self.client.failed(call, Unavailable(f"can't connect to {self.address}", not_run=True), self.address)
+                self.client.failed(call, Unavailable(f"can't connect to {self.address}", not_run=True), self.remote)
 
     def take(self, call: Call) -> None:
         call.link = self
@@ -367,6 +381,8 @@ class Link:
             run.violate(f"call_id {call.call_id} was given out twice")
         self.calls[call.call_id] = call
         call.sent += 1
+        call.sent_at = _ns(run.clock.now)
+        lib.mprpc_load_begin(self.remote.measure)
         question = QUESTION.pack(call.number, call.sent)
         left = call.attempts.timeout(_ns(run.clock.now)) / _S
         self.wire.send(
@@ -414,7 +430,8 @@ class Link:
             return
         if event.status:
             error = RpcError(event.status, "as the provider says", not_run=event.not_run)
-            self.client.failed(call, error, self.address)
+            self.remote.answered(error)
+            self.client.failed(call, error, self.remote)
             return
         number, token = ANSWER.unpack(event.payload)
         if number != call.number:
@@ -433,7 +450,7 @@ class Link:
             if not self.session.forget(call.call_id):
                 self.client.run.violate(f"call {call.number} was in flight, but not for its session")
             del self.calls[call.call_id]
-            self.client.failed(call, Unavailable("the provider is shutting down", not_run=True), self.address)
+            self.client.failed(call, Unavailable("the provider is shutting down", not_run=True), self.remote)
 
     def _end_if_idle(self) -> None:
         if self.session.handle.gone and not self.session.in_flight and not self.over:
@@ -442,27 +459,83 @@ class Link:
 
     def _leave(self, *, over: bool = True) -> None:
         self.over = self.over or over
-        if self.client.links.get(self.address) is self:
-            del self.client.links[self.address]
+        if self.remote.way is self:
+            self.remote.way = self.remote.link = None
 
     def ended(self) -> None:
         self._leave()
         calls, self.calls = list(self.calls.values()), {}
         for call in calls:
             self.session.forget(call.call_id)
-            self.client.failed(call, Unavailable(f"the connection to {self.address} ended"), self.address)
+            self.remote.broke("the connection ended")
+            self.client.failed(call, Unavailable(f"the connection to {self.address} ended"), self.remote)
+
+
+class Probe:
+    """A PING on a connection of its own, to an endpoint that rests."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._over = False
+        run = self._run = remote.client.run
+        self._session = Session(run.native, server=False)
+        self._wire = Wire(run.clock, run.hosts[remote.address], self)
+        run.clock.later(CONNECT_TIMEOUT, self.ended)
+        run.clock.at(max(run.clock.now + 2 * self._wire.latency(), self._wire.host.silent_until), self._connect)
+
+    def _connect(self) -> None:
+        provider = self._run.reachable(self._remote.address)
+        if provider is None:
+            self.ended()
+        elif not self._over:
+            provider.accept(self._wire)
+            self._wire.send(0, self._run.native.frame(PING, 1, b"probe"))
+
+    def arrived(self, data: bytes) -> None:
+        events, _ = self._session.receive(data, self._run.clock.now)
+        for event in events:
+            if event.kind == PONG:
+                self._end(event.status == Status.OK)
+
+    def ended(self) -> None:
+        self._end(False)
+
+    def _end(self, answered: bool) -> None:
+        if not self._over:
+            self._over = True
+            self._wire.finish(0)
+            self._remote._judge_probe(answered)
+
+
+class Remote(Subchannel):
+    """An endpoint as a client knows it: the library's own health of it, over simulated connections."""
+
+    def __init__(self, client: Client, address: str) -> None:
+        super().__init__(address, False, CONFIG)
+        self.client = client
+        self.way: Link | None = None  # to it; `link` is the same once it is connected
+
+    def _probe(self) -> None:
+        if self.health.out and self.client.run.clock.now >= self.health.rests_until:
+            Probe(self)
+
+    def drop(self, link: Any) -> None:
+        """What is in flight there goes on."""
+        if self.way is link:
+            self.way = self.link = None
 
 
 class Client:
-    """A process that calls. What a call that failed may still try, `mprpc.retry` says."""
+    """A process that calls. `mprpc.pool` says where a call goes, `mprpc.retry` what one that failed may still try."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.links: dict[str, Link] = {}
         self.waiting: list[Call] = []  # for a list
         self.budget = Budget(RETRY_SHARE, RETRY_RATE, contextlib.nullcontext())
         self.hurry = 0.0 if run.gentle else run.clock.dice.choice((0.0, 0.3))  # seconds of an attempt
-        self._turn = run.clock.dice.randrange(100)
+        self.remotes: dict[str, Remote] = {}
+        self.links: list[Link] = []  # all that there have been
+        self._pools = Pools(CONFIG, run.clock.dice.choice(STRATEGIES), None)
         self.member = Member(run)
         self.member.shown = self._listed
         self.member.follow()
@@ -471,6 +544,21 @@ class Client:
     def addresses(self) -> list[str]:
         snapshot = self.member.snapshots.get(SERVICE)
         return [] if snapshot is None else [endpoint.address for endpoint in snapshot.endpoints]
+
+    def pool(self) -> Pool:
+        """With the newest list, as `mprpc.target` keeps it."""
+        pool, snapshot = self._pools.of(SERVICE, ""), self.member.snapshots.get(SERVICE)
+        if snapshot is not None and snapshot is not pool.seen:
+            remotes = [self._remote(each.address) for each in snapshot.endpoints]
+            for remote, each in zip(remotes, snapshot.endpoints, strict=True):
+                remote.listed(each.id, SERVICE, self._pools.told)
+            pool.update(snapshot, snapshot.endpoints, remotes)
+        return pool
+
+    def _remote(self, address: str) -> Remote:
+        if address not in self.remotes:
+            self.remotes[address] = Remote(self, address)
+        return self.remotes[address]
 
     def _listed(self) -> None:
         if self.addresses():
@@ -487,42 +575,45 @@ class Client:
         """The next attempt, unless the call has ended meanwhile."""
         if call.outcome is not None:
             return
-        addresses = self.addresses()
-        if not addresses:
+        pool = self.pool()
+        if not pool:
             self.waiting.append(call)
             return
-        self._turn += 1
-        start = self._turn % len(addresses)
-        address = call.attempts.next(addresses[start:] + addresses[:start])
-        if address is None:
+        remote: Any = call.attempts.next(pool.all(pool.next(None)))  # type: ignore[arg-type]  # they are Remotes
+        if remote is None:
             self.failed(call, Unavailable("nobody has the method", not_run=True), None)
             return
-        link = self.links.get(address)
-        call.old = link is not None and link.connected
-        if link is None:
-            link = self.links[address] = Link(self, address)
+        call.old = remote.link is not None
+        if remote.way is None:
+            remote.way = Link(self, remote)
+            self.links.append(remote.way)
         now = _ns(self.run.clock.now)
         own = call.attempts.timeout(now)
         if own < call.attempts.deadline - now:
             call.hurry = self.run.clock.later(own / _S, lambda: self._take_too_long(call))
-        link.take(call)
+        remote.way.take(call)
 
     def _take_too_long(self, call: Call) -> None:
         """The attempt's own time is over, the call's is not."""
         link, sent = call.link, bool(call.call_id)
         if link is not None:
             link.forget(call)
-            self.failed(call, DeadlineExceeded("no answer in the attempt's time", not_run=not sent), link.address)
+            link.remote.silent(int(sent))
+            error = DeadlineExceeded("no answer in the attempt's time", not_run=not sent)
+            self.failed(call, error, link.remote)
 
-    def failed(self, call: Call, error: RpcError, address: str | None) -> None:
+    def failed(self, call: Call, error: RpcError, remote: Remote | None) -> None:
         if call.outcome is not None:
             self.run.violate(f"call {call.number} failed after its end")
             return
-        self._leave(call, may_have_run=not error.not_run)
-        pause = call.attempts.after(error, address, self.addresses(), _ns(self.run.clock.now), old=call.old)
+        self._leave(call, _FAULT.get(error.status, lib.MPRPC_LOAD_OK), may_have_run=not error.not_run)
+        known: Any = self.pool().known
+        pause = call.attempts.after(error, remote, known, _ns(self.run.clock.now), old=call.old)
         if pause is None:
             self.complete(call, call.attempts.problem or error)
             return
+        if remote is not None and not (call.old and isinstance(error, Unavailable)):
+            self.member.handle(ReportDown(SERVICE, remote.address))
         self.run.goes_on(call, error)
         if pause:
             self.run.clock.later(pause / _S, lambda: self.attempt(call))
@@ -531,14 +622,18 @@ class Client:
 
     def give_up(self, call: Call) -> None:
         if call.link is not None:
-            may_have_run = bool(call.call_id)
+            sent = bool(call.call_id)
             call.link.forget(call)
-            self._leave(call, may_have_run=may_have_run)
+            call.link.remote.silent(int(sent))
+            self._leave(call, lib.MPRPC_LOAD_FAILED, may_have_run=sent)
         elif call in self.waiting:
             self.waiting.remove(call)
         self.complete(call, DeadlineExceeded("no answer within the call's deadline", not_run=not call.may_have_run))
 
-    def _leave(self, call: Call, *, may_have_run: bool) -> None:
+    def _leave(self, call: Call, verdict: int, *, may_have_run: bool) -> None:
+        """An attempt is over."""
+        if call.link is not None and call.call_id:
+            lib.mprpc_load_end(call.link.remote.measure, call.sent_at, _ns(self.run.clock.now), verdict)
         call.link, call.call_id = None, 0
         call.may_have_run = call.may_have_run or may_have_run
         if call.hurry is not None:
@@ -549,7 +644,7 @@ class Client:
         if call.outcome is not None:
             self.run.violate(f"call {call.number} ended twice")
             return
-        self._leave(call, may_have_run=False)
+        self._leave(call, lib.MPRPC_LOAD_OK, may_have_run=False)
         call.outcome = outcome
         self.run.completed(call)
 

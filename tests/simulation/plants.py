@@ -21,6 +21,7 @@ import generated
 from mprpc import _native_build, retry
 from mprpc.directory import Directory
 from mprpc.registrar import Registrar
+from mprpc.subchannel import Subchannel
 from simulation import actors, run
 from simulation.sessions import Native
 
@@ -91,6 +92,10 @@ def _any(*_: object) -> bool:
     return True
 
 
+def _zero(*_: object) -> int:
+    return 0
+
+
 def _give_up_some(self: actors.Client, call: actors.Call) -> None:
     if call.number % 16:
         _give_up(self, call)
@@ -101,6 +106,8 @@ _give_up = actors.Client.give_up
 IN_PYTHON: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a call that may have run is made again": (retry.Attempts, "_may_repeat", _any),
     "a retry without a budget": (retry.Budget, "take", _any),
+    "an attempt under an earlier one's number": (retry.Attempts, "number", property(_zero, _never)),
+    "an endpoint that rests and is not probed": (Subchannel, "_probe_later", _never),
     "a deadline that is not kept": (actors.Client, "give_up", _give_up_some),
     "a new session that nobody registers in": (Registrar, "connected", _never),
     "a list that no watch renews": (Directory, "fired", _never),

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import mprpc.pool
+import mprpc.subchannel
+import mprpc.timekeeper
 from discovery_simulator import World
+from mprpc._native import lib
 from mprpc.errors import RpcError, Status
 from simulation.actors import POLICY, RETRY_RATE, RETRY_SHARE, Accepted, Call, Client, Provider, Request
 from simulation.network import Clock, Host
@@ -60,13 +67,19 @@ class Run:
         self.addresses = [f"10.0.0.{i + 1}:8000" for i in range(PROVIDERS)]
         self.hosts = {address: Host() for address in self.addresses}
         self.providers = {address: Provider(self, address) for address in self.addresses}
-        self.clients = [Client(self) for _ in range(CLIENTS)]
+        with self._virtual():
+            self.clients = [Client(self) for _ in range(CLIENTS)]
         self._restarting: set[str] = set()
 
     # ---- what actors ask and tell ----
 
     def violate(self, text: str) -> None:
         self.violations.append(f"{self.clock.now - 1000:.4f} s: {text}")
+
+    def reachable(self, address: str) -> Provider | None:
+        """Who takes a connection to that address now."""
+        provider = self.providers[address]
+        return None if provider.dead or address in self.refusing else provider
 
     def next_token(self) -> int:
         self._tokens += 1
@@ -265,10 +278,29 @@ class Run:
 
     def _ping(self) -> None:
         for client in self.clients:
-            for link in list(client.links.values()):
-                link.ping()
+            for remote in client.remotes.values():
+                if remote.way is not None:
+                    remote.way.ping()
 
     def run(self) -> Run:
+        with self._virtual():
+            self._run()
+        return self
+
+    @contextlib.contextmanager
+    def _virtual(self) -> Iterator[None]:
+        """The library's time and chance are the run's."""
+        clock = self.clock
+        now = SimpleNamespace(monotonic=lambda: clock.now, monotonic_ns=lambda: round(clock.now * 1e9))
+        with contextlib.ExitStack() as patches:
+            for owner, name, value in (
+                (mprpc.pool, "time", now), (mprpc.subchannel, "time", now), (mprpc.pool, "random", clock.dice),
+                (mprpc.timekeeper, "at", clock.at),
+            ):  # fmt: skip
+                patches.enter_context(mock.patch.object(owner, name, value))
+            yield
+
+    def _run(self) -> None:
         clock, dice = self.clock, self.clock.dice
         start = clock.now
         for _ in range(CALLS):
@@ -287,7 +319,6 @@ class Run:
             clock.at(begin + dice.uniform(0.0, CALM), partial(self._call, 3.0))
         clock.run(begin + CALM + 10.0 + 6.0)
         self._check_leftovers()
-        return self
 
     def _check_lists(self) -> None:
         alive = sorted(address for address, provider in self.providers.items() if not provider.dead)
@@ -304,7 +335,12 @@ class Run:
         for client in self.clients:
             if client.waiting:
                 self.violate(f"{len(client.waiting)} calls still wait for a list")
-            for link in client.links.values():
+            for remote in client.remotes.values():
+                if remote.health.out:
+                    self.violate(f"{remote.address} still rests: {remote.health.why}")
+                if lib.mprpc_load_in_flight(remote.measure):
+                    self.violate(f"{remote.address} still has calls in flight, as its load says")
+            for link in client.links:
                 if link.calls or link.session.in_flight:
                     self.violate(f"a client has {link.session.in_flight} calls in flight in the end")
         for provider in self.providers.values():
