@@ -63,6 +63,9 @@ struct mprpc_link *mprpc_link_new_within(struct mprpc_wire *wire, uint32_t paylo
 void mprpc_link_limit(struct mprpc_link *link, uint64_t keepalive_time, uint64_t keepalive_timeout, size_t unsent_max);
 /* Any thread. How often a connection of this process ended, or dropped a frame, for that reason (below 0). */
 uint64_t mprpc_link_count(int64_t reason);
+/* Before the link's first call. Whoever reads looks for so many ns again and again before it sleeps; where that is mostly
+ * in vain, seldom. */
+void mprpc_link_spin(struct mprpc_link *link, uint64_t ns);
 /* Nobody may be in a call. */
 void mprpc_link_free(struct mprpc_link *link);
 /* Any thread. Ends all calls in flight; later ones end at once. */

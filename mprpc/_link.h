@@ -33,6 +33,8 @@ struct mprpc_link {
     uint32_t mails;           /* calls in flight that end in the mailbox */
     uint64_t expiry;          /* no such call's deadline is before */
     struct mprpc_mailbox *box; /* constant once attached */
+    uint64_t spin;            /* ns that the reader looks before it sleeps; constant */
+    uint32_t vain, skip;      /* the reader's: how often in a row that was in vain; how often it will not look */
     struct mprpc_load *load;  /* where its calls are counted, or NULL */
     uint64_t now;             /* when something last came, or else the calls that end now end */
     unsigned born;            /* mprpc_forks then */

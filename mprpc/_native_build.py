@@ -211,6 +211,7 @@ uint64_t mprpc_link_count(int64_t reason);
 void mprpc_link_limit(struct mprpc_link *link, uint64_t keepalive_time, uint64_t keepalive_timeout, size_t unsent_max);
 void mprpc_link_free(struct mprpc_link *link);
 void mprpc_link_close(struct mprpc_link *link);
+void mprpc_link_spin(struct mprpc_link *link, uint64_t ns);
 void mprpc_link_measure(struct mprpc_link *link, struct mprpc_load *load);
 int mprpc_link_cancel_call(struct mprpc_link *link, struct mprpc_flag *cancelled);
 int64_t mprpc_link_call(struct mprpc_link *link, struct mprpc_call *call, const uint8_t *names, size_t names_size,

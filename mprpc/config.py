@@ -412,6 +412,9 @@ class MprpcConfig(_Checked):
         "when an idempotent method's call goes to a second provider too: off, p95 or seconds",
     )
     hedge_share: float = _key(0.05, _Number(0, 1, "a number"), "calls that do, at most, as a share of the method's")
+    busy_poll_us: int = _key(
+        0, _Whole(0, 1000), "microseconds that a caller looks for its answer before it sleeps; costs CPU"
+    )
     frame_timeout: float = _key(10.0, _SECONDS, "seconds for a frame that has begun to come whole")
     keepalive_time: float = _key(
         30.0, _Number(0, 86400), "seconds of silence after which a channel asks whether the provider lives; 0: never"

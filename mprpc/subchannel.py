@@ -282,6 +282,7 @@ def new_link(descriptor: int, config: MprpcConfig) -> Any:
         return None
     keepalive = int(config.keepalive_time * _NS), int(config.keepalive_timeout * _NS)
     lib.mprpc_link_limit(link, *keepalive, config.max_unsent)
+    lib.mprpc_link_spin(link, config.busy_poll_us * 1000)
     return ffi.gc(link, lib.mprpc_link_free)
 
 
