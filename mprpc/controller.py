@@ -101,15 +101,18 @@ class MprpcController:
             stop = None if self._ended else self._stop
         if stop is not None:
             stop()
+            self._cancel()
 
     def _begin(self, stop: Callable[[], object], timeout: float | None) -> float | None:
         """Caller: a call begins, which `stop` ends. Its timeout, where that is given here or was set before."""
         with _cancelling:
             own, wanted = self.timeout, self._wanted and not self._ended
+            callbacks = self._on_cancel
             self.__dict__.clear()
-            self.timeout, self._stop, self._wanted = own, stop, wanted
+            self.timeout, self._stop, self._wanted, self._on_cancel = own, stop, wanted, callbacks
         if wanted:
             stop()
+            self._cancel()
         return own if timeout is None else timeout
 
     def _end(self, error: RpcError | None) -> None:
@@ -117,7 +120,7 @@ class MprpcController:
         if error is not None:
             self._set_error(error)
         with _cancelling:
-            self._stop, self._ended = None, True
+            self._stop, self._ended, self._on_cancel = None, True, ()
 
     def time_remaining(self) -> float | None:
         """Handler: seconds until the caller stops waiting (0.0 when it has), None when it waits for ever."""
@@ -125,13 +128,17 @@ class MprpcController:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
     def is_canceled(self) -> bool:
-        """Handler: whether the caller has given up, or gone away. What the handler returns then reaches nobody."""
+        """Handler: whether the caller has given up, or gone away. What the handler returns then reaches nobody.
+
+        Caller: whether `start_cancel` was called before the call had ended.
+        """
         return self._canceled
 
     def notify_on_cancel(self, callback: Callable[[], object]) -> None:
         """Handler that answers later: call `callback` once when the caller gives up, at once if it has already.
 
-        It runs on the thread of the provider's loop, or on this one, and must not block.
+        It runs on the thread of the provider's loop, or on this one, and must not block. Caller, before or during a
+        call: once when `start_cancel` gives that call up, on the thread that does.
         """
         with _cancelling:
             canceled = self._canceled

@@ -104,7 +104,7 @@ class CallFuture(Future[Response], Generic[Response]):
                 waiter.add_cancelled(self)
         self._call._ended(self._counted, Status.CANCELLED)
         reader().forget(self)
-        self._ends_with(None)
+        self._drop_hedge()
         self._leave()
         if self._controller is not None:
             self._controller._end(self._call._cancelled(not_run=False))
@@ -191,10 +191,14 @@ class CallFuture(Future[Response], Generic[Response]):
             if hedge is not None and isinstance(error, PASSING):
                 self._held = error
                 return False
-            self._hedge = None
+        self._drop_hedge()
+        return True
+
+    def _drop_hedge(self) -> None:
+        with _mutex:
+            hedge, self._hedge = self._hedge, None
         if hedge is not None:
             hedge.drop()
-        return True
 
     def _leave(self) -> None:
         if self._outer is not None:

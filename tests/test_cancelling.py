@@ -60,6 +60,25 @@ def test_a_blocking_call_is_cancelled_while_it_reads(provider: RpcProvider, held
         assert not controller.failed()
 
 
+def test_the_caller_too_may_ask_and_be_told(provider: RpcProvider, held: Held) -> None:
+    """By either spelling; what is to be told of one call is not told of the next."""
+    with services.calling(provider, timeout=wire.PATIENCE) as stub:
+        controller, told = MprpcController(), threading.Semaphore(0)
+        controller.NotifyOnCancel(told.release)
+        assert stub.Login(REQUEST, controller=controller).success
+        controller.notify_on_cancel(told.release)
+        thread = cancel_when_taken(held, controller)
+        stub.Login(HOLD, controller=controller)
+        thread.join()
+        assert controller.is_canceled()
+        assert controller.IsCanceled()
+        assert told.acquire(timeout=wire.PATIENCE)
+        assert not told.acquire(blocking=False)
+        assert stub.Login(REQUEST, controller=controller).success
+        assert not controller.is_canceled()
+        held.cancelled()
+
+
 def test_blocking_calls_are_cancelled_while_others_read(provider: RpcProvider, held: Held) -> None:
     """Those that sleep are woken; the one that reads goes on, and what follows it reads on."""
     with services.calling(provider, timeout=wire.PATIENCE) as stub:

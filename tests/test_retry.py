@@ -581,6 +581,16 @@ def test_a_hedged_call_that_is_cancelled_cancels_both() -> None:
                 each.cancelled()
 
 
+def test_a_call_that_is_given_up_is_no_latency() -> None:
+    """It counted as one that had lasted since the machine was started."""
+    with held.holding() as (holder, provider), MprpcChannel(provider.address) as channel:
+        login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(idempotent=True, hedge_delay="p95")
+        future = login.future(held.named("hold"), timeout=wire.PATIENCE)
+        holder.taken()
+        future.cancel()
+        assert login._hedging._count == 0
+
+
 class Listed:
     """A target of subchannels that the test has; always the first one's turn."""
 
