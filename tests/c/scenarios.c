@@ -240,6 +240,8 @@ static void *call(void *caller)
 
     MUST(made && payload && (made->small = malloc(MPRPC_CALL_SMALL)));
     c->outcome = mprpc_link_call(c->link, made, names, n, payload, c->size, c->timeout, 0, c->cancelled);
+    while (c->outcome == MPRPC_CALL_INTERRUPTED) /* twice a second, which a slow machine takes here */
+        c->outcome = mprpc_link_wait(c->link, made);
     mprpc_call_clear(made);
     free(made->small);
     free(made);
