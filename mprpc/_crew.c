@@ -11,6 +11,7 @@
  * Numbers only grow, and each is used once: what was true of one when it was seen is true of no other. */
 #define _GNU_SOURCE
 #include "_crew.h"
+#include "_fork.h"
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -52,6 +53,7 @@ struct mprpc_crew {
     uint64_t period, relieved;
     uint32_t seats, threads, queued_max, members, standing, busy, queued, quiet;
     int stopped;
+    unsigned born; /* mprpc_forks then */
     struct seat seat[];
 };
 
@@ -61,6 +63,12 @@ static uint64_t clock_ns(void)
 
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
+
+/* In a forked child: none of the threads is there, and one of them may have had the mutex. */
+static int is_parents(const struct mprpc_crew *c)
+{
+    return c->born != mprpc_forks;
 }
 
 /* ---- the leader ---- */
@@ -79,6 +87,8 @@ static void call(struct mprpc_crew *c, struct mprpc_member *m)
 
 static void wake_watcher(struct mprpc_crew *c)
 {
+    if (is_parents(c))
+        return;
     pthread_mutex_lock(&c->mutex);
     atomic_store(&c->asleep, 0);
     if (c->watcher)
@@ -250,6 +260,9 @@ int mprpc_crew_stand_by(struct mprpc_member *m, int *wanted)
 {
     struct mprpc_crew *c = m->crew;
 
+    *wanted = 0;
+    if (is_parents(c))
+        return MPRPC_CREW_STOP; /* a handler has forked, and this is the child */
     pthread_mutex_lock(&c->mutex);
     c->busy -= (uint32_t)m->busy;
     m->busy = 0;
@@ -302,6 +315,8 @@ int mprpc_crew_relieve(struct mprpc_member *m, int *wanted)
 
 int mprpc_crew_queue(struct mprpc_crew *c)
 {
+    if (is_parents(c))
+        return -1;
     pthread_mutex_lock(&c->mutex);
     int full = c->stopped || c->queued >= c->queued_max;
     if (!full) {
@@ -334,6 +349,8 @@ void mprpc_crew_unwanted(struct mprpc_crew *c)
 
 void mprpc_crew_stop(struct mprpc_crew *c)
 {
+    if (is_parents(c))
+        return;
     pthread_mutex_lock(&c->mutex);
     c->stopped = 1;
     while (c->waiting)
@@ -345,6 +362,9 @@ void mprpc_crew_stop(struct mprpc_crew *c)
 
 void mprpc_crew_statistics(struct mprpc_crew *c, struct mprpc_crew_statistics *to)
 {
+    *to = (struct mprpc_crew_statistics){0};
+    if (is_parents(c))
+        return;
     pthread_mutex_lock(&c->mutex);
     *to = (struct mprpc_crew_statistics){c->members, c->standing, c->busy, c->queued, c->relieved};
     pthread_mutex_unlock(&c->mutex);
@@ -359,7 +379,7 @@ struct mprpc_crew *mprpc_crew_new(uint32_t seats, uint32_t threads, uint32_t que
         return NULL;
     c = at;
     *c = (struct mprpc_crew){.period = period, .seats = seats, .threads = threads, .queued_max = queued_max,
-                             .members = seats + 1};
+                             .members = seats + 1, .born = mprpc_forks};
     for (uint32_t i = 0; i < seats; i++)
         c->seat[i] = (struct seat){0};
     pthread_mutex_init(&c->mutex, NULL);
@@ -368,7 +388,8 @@ struct mprpc_crew *mprpc_crew_new(uint32_t seats, uint32_t threads, uint32_t que
 
 void mprpc_crew_free(struct mprpc_crew *c)
 {
-    pthread_mutex_destroy(&c->mutex);
+    if (!is_parents(c))
+        pthread_mutex_destroy(&c->mutex);
     free(c);
 }
 

@@ -13,8 +13,11 @@ enum {
     MPRPC_CREW_JOB = -1,
     MPRPC_CREW_STOP = -2,
     MPRPC_PACE_SLOW = 1000000,   /* ns from which a handler's run is slow */
-    MPRPC_PACE_COST = 8,         /* fast runs that make up for a slow one: two within so many, and a method goes to */
-    MPRPC_PACE_MAX = 32,         /* the crew's threads; back it comes after at most so many fast ones */
+    MPRPC_PACE_FAST = 0,         /* what a run costs: a fast one pays one back */
+    MPRPC_PACE_LONG = 1,         /* slow by a leader's clock: perhaps the thread waited for the interpreter's lock */
+    MPRPC_PACE_SURE = 12,        /* its leader was relieved, or it was slow on a thread beside */
+    MPRPC_PACE_LIMIT = 16,       /* a method that owes so much is slow, until all is paid: two sure ones within 8 runs */
+    MPRPC_PACE_MAX = 32,
 };
 
 struct mprpc_crew;
@@ -77,16 +80,16 @@ static inline int mprpc_pace_slow(const struct mprpc_pace *pace)
     return (int)(atomic_load_explicit(&pace->debt, memory_order_relaxed) >> 31);
 }
 
-/* A run took so many ns. A leader that was relieved counts as slow, whatever the clock says. */
-static inline void mprpc_pace_note(struct mprpc_pace *pace, uint64_t took)
+/* A run that costs so much. */
+static inline void mprpc_pace_add(struct mprpc_pace *pace, uint32_t cost)
 {
     uint32_t was = atomic_load_explicit(&pace->debt, memory_order_relaxed), slow = was >> 31, debt = was & 0x7fffffff;
 
-    if (took >= MPRPC_PACE_SLOW)
-        debt = debt + MPRPC_PACE_COST < MPRPC_PACE_MAX ? debt + MPRPC_PACE_COST : MPRPC_PACE_MAX;
+    if (cost)
+        debt = debt + cost < MPRPC_PACE_MAX ? debt + cost : MPRPC_PACE_MAX;
     else if (debt)
         debt--;
-    slow = debt > MPRPC_PACE_COST || (slow && debt);
+    slow = debt >= MPRPC_PACE_LIMIT || (slow && debt);
     if ((slow << 31 | debt) != was)
         atomic_store_explicit(&pace->debt, slow << 31 | debt, memory_order_relaxed);
 }

@@ -301,7 +301,7 @@ static void take_over(Server *s)
     PyObject *controller = s->running, *done;
 
     s->running = NULL;
-    mprpc_pace_note(&s->paces[s->records[s->index].method], MPRPC_PACE_SLOW);
+    mprpc_pace_add(&s->paces[s->records[s->index].method], MPRPC_PACE_SURE);
     done = PyObject_CallMethod(s->owner, "_take_over", "IOO", s->index,
                                s->methods[s->records[s->index].method].entry, controller);
     if (!done)
@@ -417,7 +417,7 @@ static PyObject *server_lead(PyObject *self, PyObject *address)
                 Py_RETURN_FALSE;
             uint64_t took = mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
             if (end == RAN)
-                mprpc_pace_note(&s->paces[s->records[i].method], took);
+                mprpc_pace_add(&s->paces[s->records[i].method], took < MPRPC_PACE_SLOW ? MPRPC_PACE_FAST : MPRPC_PACE_LONG);
         }
         mprpc_leader_rests(member);
         Py_BEGIN_ALLOW_THREADS
@@ -442,7 +442,7 @@ static PyObject *server_run_job(PyObject *self, PyObject *args)
     mprpc_handling = controller;
     uint64_t began = clock_ns();
     PyObject *response = PyObject_CallFunctionObjArgs(s->methods[method].handler, request, controller, NULL);
-    mprpc_pace_note(&s->paces[method], clock_ns() - began);
+    mprpc_pace_add(&s->paces[method], clock_ns() - began < MPRPC_PACE_SLOW ? MPRPC_PACE_FAST : MPRPC_PACE_SURE);
     mprpc_handling = outer;
     return response;
 }

@@ -70,16 +70,23 @@ class Crew:
         mine = threading.current_thread()
         return isinstance(mine, _Thread) and mine.crew is self
 
+    def is_alive(self) -> bool:
+        """Whether any of the threads is, and not in a process that this one was forked from. Any thread."""
+        return any(thread.is_alive() for thread in self._threads)
+
     def stop(self, timeout: float) -> None:
-        """Ends the threads, after the loops; those whose handlers have not returned in `timeout` s are left behind."""
+        """Ends the threads, after the loops; those whose handlers have not returned in `timeout` s are left behind.
+
+        One of the threads itself waits for no other: they may need its handler's end for their own.
+        """
         lib.mprpc_crew_stop(self._handle)
+        if self.is_member():
+            return
         deadline = time.monotonic() + timeout
-        mine = threading.current_thread()
         for thread in self._threads:
-            if thread is not mine:
-                thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
         for thread in self._threads:
-            if thread is not mine and thread.is_alive():
+            if thread.is_alive():
                 _log.error("a handler on %s has not returned, its thread is left behind", thread.name)
 
     def statistics(self) -> Any:

@@ -296,7 +296,7 @@ class RpcProvider:
             memory.ignore(self._address)
 
     def _wait_for_loops(self, crew: Crew, deadline: float) -> None:
-        if not crew.is_member():  # a handler stops its provider: its own call's answer is what the loops wait for
+        if crew.is_alive() and not crew.is_member():  # a handler's own answer may be what its loop waits for
             for loop in self._loops:
                 loop.ended.wait(max(0.0, deadline - time.monotonic()))
         crew.stop(max(_JOIN / 10, deadline - time.monotonic()))
@@ -559,7 +559,8 @@ class _Loop:
         """A method that takes long is called: a thread of its own runs it."""
         later = self._detach(i, entry, self._controllers())
         if not self._queue_job(lambda: self._run_job(method, arguments, later)):
-            text = "too many calls wait for a thread: handler_threads are busy and max_queued wait"
+            text = "no thread is free for handlers that take long: handler_threads are busy and max_queued calls wait"
+            self._lines.warn(f"{entry.service}.{entry.name} refuses a call: {text}")
             later.refuse(RpcError(Status.RESOURCE_EXHAUSTED, text))
 
     def _run_job(self, method: int, arguments: bytes, later: _Later) -> None:

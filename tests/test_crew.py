@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import signal
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -25,7 +27,7 @@ from test_sanitizers import SECONDS, Build, build, runs
 
 __all__ = ["build"]
 
-CREW = ROOT / "mprpc" / "_crew.c"
+CREW = [ROOT / "mprpc" / name for name in ("_crew.c", "_fork.c")]
 PATIENCE = wire.PATIENCE
 OK = LoginResponse(success=True)
 COUNT = 20
@@ -520,19 +522,52 @@ def test_a_signal_ends_a_process_whose_handlers_never_return(number: signal.Sign
     assert process.returncode == 0
 
 
+def test_a_handler_may_fork(capfd: pytest.CaptureFixture[str]) -> None:
+    """The child has none of the threads: it ends with its handler, and stop() there waits for nobody."""
+    codes: list[int] = []
+
+    def login(request: Any, controller: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of forks beside threads
+            child = os.fork()
+        if child == 0 and request.name == b"stops":
+            before = time.monotonic()
+            provider.stop(10.0)
+            os._exit(7 if time.monotonic() - before < 5.0 else 8)
+        if child:
+            codes.append(ends(child))
+        return services.accept(request, controller)
+
+    with services.serving(login) as provider, services.calling(provider) as users:
+        for name in (b"stops", b"returns"):
+            assert users.Login(LoginRequest(name=name), timeout=PATIENCE).success
+    assert codes == [7, 0]
+    assert capfd.readouterr().err == ""
+
+
+def ends(child: int) -> int:
+    """Its exit code."""
+    deadline = time.monotonic() + PATIENCE / 2
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        threading.Event().wait(0.005)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
 # ---- in C ----
 
 
 @pytest.mark.parametrize("loops", ["1", "3"])
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "threads"])
 def test_every_request_runs_once_and_is_answered_once(build: Build, memory: bool, loops: str) -> None:
-    said = runs(build("crew", memory, CREW), "1000", loops)
+    said = runs(build("crew", memory, *CREW), "1000", loops)
     assert re.fullmatch(r"(\w+ [1-9]\d*(, )?){4}\n", said), said
 
 
 def test_a_planted_stranded_batch_is_found(build: Build) -> None:
     """The watcher looks for a batch only before it says that it sleeps: one that begins in between is not seen."""
-    program = build("crew", False, CREW, plant="MPRPC_PLANT_STRANDED")
+    program = build("crew", False, *CREW, plant="MPRPC_PLANT_STRANDED")
     ran = subprocess.run([program, "2000", "1"], capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ran.returncode != 0
     assert "stranded" in ran.stderr

@@ -68,7 +68,7 @@ BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_fork": set(),
     "_wire": {"_codec", "_session", "_fork"},
     "_loop": {"_codec", "_session", "_fork", "_wire", "_tally"},
-    "_crew": set(),
+    "_crew": {"_fork"},
     "_load": set(),
 }
 # What holds Python objects, above the rest.
