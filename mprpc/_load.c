@@ -114,6 +114,11 @@ void mprpc_load_end(struct mprpc_load *l, uint64_t began, uint64_t now, enum mpr
         atomic_store_explicit(&l->failing, 0u, memory_order_relaxed);
 }
 
+void mprpc_load_forget(struct mprpc_load *l)
+{
+    atomic_store_explicit(&l->latency, 0u, memory_order_relaxed);
+}
+
 void mprpc_load_fail(struct mprpc_load *l, uint64_t now)
 {
     atomic_fetch_add_explicit(&l->failed, 1u, memory_order_relaxed);

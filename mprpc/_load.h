@@ -34,6 +34,8 @@ void mprpc_load_begin(struct mprpc_load *load);
 void mprpc_load_leave(struct mprpc_load *load);
 /* One that has begun. began: when. */
 void mprpc_load_end(struct mprpc_load *load, uint64_t began, uint64_t now, enum mprpc_load_verdict verdict);
+/* It is not known any more how long calls take: another provider has the address, or the same one is back. */
+void mprpc_load_forget(struct mprpc_load *load);
 /* A failure that was no call: it could not be reached. */
 void mprpc_load_fail(struct mprpc_load *load, uint64_t now);
 

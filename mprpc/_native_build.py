@@ -176,6 +176,7 @@ void mprpc_load_begin(struct mprpc_load *load);
 void mprpc_load_end(struct mprpc_load *load, uint64_t began, uint64_t now, int verdict);
 void mprpc_load_fail(struct mprpc_load *load, uint64_t now);
 void mprpc_load_snapshot(const struct mprpc_load *load, uint64_t now, struct mprpc_load_snapshot *to);
+void mprpc_load_forget(struct mprpc_load *load);
 void mprpc_load_leave(struct mprpc_load *load);
 uint32_t mprpc_load_in_flight(const struct mprpc_load *load);
 uint64_t mprpc_load_cost(const struct mprpc_load *load, uint64_t now);

@@ -20,17 +20,30 @@ _CHUNK = 4096  # bytes; a PONG has some twenty
 
 
 def probe(address: str, service: str, timeout: float) -> bool:
-    """Whether the provider at `host:port` says, within `timeout` seconds, that it serves `service`. Any thread.
+    """Whether the provider at `host:port` or `unix:/path` says, within `timeout` seconds, that it serves `service`.
 
-    Silence, a refused connection, GOAWAY, UNIMPLEMENTED and everything that is no PONG are a no.
+    Any thread. Silence, a refused connection, GOAWAY, UNIMPLEMENTED and everything that is no PONG are a no.
     """
     deadline = time.monotonic() + timeout
     try:
-        with socket.create_connection(parse_address(address), timeout) as connection:
+        with _connected(address, timeout) as connection:
             connection.sendall(_ping(service))
             return _ponged(connection, deadline)
     except (OSError, ValueError):
         return False
+
+
+def _connected(address: str, timeout: float) -> socket.socket:
+    if not address.startswith("unix:"):
+        return socket.create_connection(parse_address(address), timeout)
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.settimeout(timeout)
+        made.connect(address[5:])
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def _ping(service: str) -> bytes:

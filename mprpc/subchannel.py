@@ -81,6 +81,7 @@ class Subchannel:
             self._id = identity
             with self._judging:
                 self.health.forget()
+                lib.mprpc_load_forget(self.measure)
 
     def unreachable(self, why: str) -> None:
         """No connection could be made."""
@@ -111,6 +112,8 @@ class Subchannel:
         if self.health.out:
             with self._judging:
                 changed = self.health.back(time.monotonic())
+                if changed:
+                    lib.mprpc_load_forget(self.measure)
             if changed:
                 self._tell(True)
 
@@ -147,7 +150,10 @@ class Subchannel:
 
     def _judge_probe(self, answered: bool) -> None:
         with self._judging:
+            rested = not self.health.suspected
             back = self.health.probed(answered, time.monotonic())
+            if back and rested:
+                lib.mprpc_load_forget(self.measure)
         if not back:
             self.drop(self.link)
             self._probe_later()

@@ -41,7 +41,7 @@ from .embedded_zookeeper.server import Connection
 
 if TYPE_CHECKING:
     from mprpc.aio import AsyncMprpcChannel
-    from mprpc.registry import ServiceView
+    from mprpc.registry import Endpoint, ServiceView
 
 __all__ = ["Code", "EmbeddedZooKeeper", "FakeRegistry", "Op", "pair", "serve"]
 
@@ -84,7 +84,7 @@ class FakeRegistry:
     A service that it was told nothing of is one whose list has not come yet. Any thread.
     """
 
-    def __init__(self, services: Mapping[str, Iterable[str]] | None = None) -> None:
+    def __init__(self, services: Mapping[str, Iterable[str | Endpoint]] | None = None) -> None:
         self.where = "(the test's)"
         self.reported: list[str] = []
         """Addresses that calls could not reach and went on from, in order."""
@@ -93,12 +93,14 @@ class FakeRegistry:
         for service, addresses in (services or {}).items():
             self.list(service, addresses)
 
-    def list(self, service: str, addresses: Iterable[str]) -> None:
-        """From now on these are the service's, its full name, providers; none is a list, too."""
+    def list(self, service: str, addresses: Iterable[str | Endpoint]) -> None:
+        """From now on these are the service's, its full name, providers; none is a list, too. An `Endpoint` of
+        `mprpc.registry` says more than an address: weight, zone and tags."""
         from mprpc.registry import Endpoint, Snapshot
 
         view = self.follow(service)
-        endpoints = tuple(Endpoint(address, id=address) for address in addresses)
+        listed = (each if isinstance(each, Endpoint) else Endpoint(each) for each in addresses)
+        endpoints = tuple(each if each.id else each._replace(id=each.address) for each in listed)
         note = "" if endpoints else f"no provider of {service} is registered at ZooKeeper {self.where}"
         with self._changed:
             view._show(Snapshot(endpoints, True, view.snapshot.version + 1, note=note))

@@ -154,26 +154,28 @@ def p99(took: list[float]) -> float:
 
 
 @pytest.mark.parametrize("rate", [20.0, 200.0, 2000.0])
-def test_p2c_leaves_alone_who_has_become_slow(rate: float) -> None:
-    healthy = p99(play(World("p2c", [1.0] * 10), rate, 10_000, [0.001] * 10))
-    slow = p99(play(World("p2c", [1.0] * 10), rate, 10_000, [0.001] * 9 + [0.02]))
-    assert slow < 2 * healthy
-    assert p99(play(World("round_robin", [1.0] * 10), rate, 10_000, [0.001] * 9 + [0.02])) > 10 * healthy
+@pytest.mark.parametrize("size", [2, 10])
+def test_p2c_leaves_alone_who_has_become_slow(size: int, rate: float) -> None:
+    def tail(balancer: str, slowest: float) -> float:
+        return p99(play(World(balancer, [1.0] * size), rate, 10_000, [0.001] * (size - 1) + [slowest]))
+
+    healthy = tail("p2c", 0.001)
+    assert tail("p2c", 0.02) < 2 * healthy
+    assert tail("round_robin", 0.02) > 10 * healthy
 
 
 def test_p2c_comes_back_to_who_was_slow_once() -> None:
-    """One answer of 100 ms must not keep an endpoint without calls for as long as that is remembered by half."""
+    """One answer of 100 ms kept an endpoint without calls until that was forgotten, a minute later."""
     world = World("p2c", [1.0] * 2)
     play(world, 1000.0, 2000, [0.001, 0.001])
     began = world.now
     lib.mprpc_load_begin(world.all[0].load.handle)  # type: ignore[attr-defined]
     lib.mprpc_load_end(world.all[0].load.handle, began, began + 100 * MS, lib.MPRPC_LOAD_OK)  # type: ignore[attr-defined]
-    picked = Counter[int]()
-    while picked[0] < 200:
+    few = [world.pick() for _ in range(2000)].count(0)
+    assert 0 < few < 40
+    while [world.pick() for _ in range(200)].count(0) < 80:
         play(world, 1000.0, 500, [0.001, 0.001])
-        picked.update(world.pick() for _ in range(50))
-        assert world.now - began < 120_000 * MS
-    assert world.now - began > 5_000 * MS
+        assert world.now - began < 45_000 * MS
 
 
 def test_p2c_tries_a_new_one_once_and_waits_for_what_it_says() -> None:
@@ -184,7 +186,7 @@ def test_p2c_tries_a_new_one_once_and_waits_for_what_it_says() -> None:
     while (i := world.pick()) != 3:
         pass
     lib.mprpc_load_begin(world.all[i].load.handle)  # type: ignore[attr-defined]
-    assert 3 not in {world.pick() for _ in range(200)}
+    assert [world.pick() for _ in range(1000)].count(3) < 10
 
 
 # ---- one key, one endpoint ----
