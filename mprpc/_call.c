@@ -125,14 +125,14 @@ static PyObject *error_of(Call *self, PyObject *endpoint, Link *link, struct mpr
 struct given { /* what one attempt is made with */
     PyObject *endpoint;
     Link *link;
-    PyObject *payload;
+    PyObject *payload; /* NULL when it has been answered: a large one need not be there beside its response */
     uint64_t timeout;
     uint32_t number;
     const struct mprpc_flag *cancelled;
 };
 
 /* The response; else NULL, with what the call failed with in *error, or NULL there and an exception set. */
-static PyObject *attempt(Call *self, const struct given *g, PyObject **error, uint64_t *deadline)
+static PyObject *attempt(Call *self, struct given *g, PyObject **error, uint64_t *deadline)
 {
     uint8_t room[MPRPC_CALL_SMALL];
     struct mprpc_call c;
@@ -152,6 +152,8 @@ static PyObject *attempt(Call *self, const struct given *g, PyObject **error, ui
     if (wait_on(k, &c, &outcome) < 0)
         return NULL;
     *deadline = c.deadline;
+    if (outcome >= 0)
+        Py_CLEAR(g->payload);
     if (outcome >= 0)
         response = PyBytes_FromStringAndSize((const char *)(c.large ? c.large : room), (Py_ssize_t)outcome);
     else
@@ -293,7 +295,7 @@ static PyObject *failed(Call *self, const struct given *g, PyObject *error, uint
     return response;
 }
 
-static PyObject *call_plainly(Call *self, const struct given *g)
+static PyObject *call_plainly(Call *self, struct given *g)
 {
     PyObject *error;
     uint64_t deadline;
@@ -355,7 +357,9 @@ static PyObject *call_send(PyObject *object, PyObject *args)
     g.timeout = timeout;
     g.number = (uint32_t)number;
     g.cancelled = (const struct mprpc_flag *)(uintptr_t)flag;
+    Py_INCREF(g.payload);
     PyObject *response = attempt((Call *)object, &g, &error, &deadline);
+    Py_XDECREF(g.payload);
     if (error) {
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
         Py_DECREF(error);

@@ -169,6 +169,7 @@ void mprpc_link_die(struct mprpc_link *k, int64_t reason)
         tally(reason);
     }
     k->now = mprpc_clock();
+    k->lent_size = 0;
     if (k->wire)
         mprpc_wire_shutdown(k->wire, 1);
     else
@@ -207,14 +208,29 @@ static ssize_t receive(struct mprpc_link *k, int flags)
 
 /* ---- output ---- */
 
+/* What the socket takes of it; -1: no more for now, or the link has died. */
+static ssize_t send_some(struct mprpc_link *k, const uint8_t *at, size_t size)
+{
+    struct iovec part = {(void *)(uintptr_t)at, size};
+    ssize_t n = send_parts(k, &part, 1);
+
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        mprpc_link_die(k, errno);
+    return n;
+}
+
 void mprpc_link_flush(struct mprpc_link *k)
 {
+    ssize_t n;
+
+    while (k->lent_size) {
+        if ((n = send_some(k, k->lent, k->lent_size)) < 0)
+            return;
+        k->lent += n;
+        k->lent_size -= (size_t)n;
+    }
     while (k->out.size > k->sent) {
-        struct iovec part = {k->out.at + k->sent, k->out.size - k->sent};
-        ssize_t n = send_parts(k, &part, 1);
-        if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
-            mprpc_link_die(k, errno);
-        if (n < 0)
+        if ((n = send_some(k, k->out.at + k->sent, k->out.size - k->sent)) < 0)
             return;
         k->sent += (size_t)n;
         if (k->sent > k->out.size / 2 && k->sent < k->out.size) { /* so each byte is moved at most once */
@@ -226,6 +242,24 @@ void mprpc_link_flush(struct mprpc_link *k)
     k->sent = 0;
 }
 
+/* The lender goes: what is left of its frame is copied, and stays before what came after it. */
+static void take_over(struct mprpc_link *k, const struct mprpc_call *c)
+{
+    struct mprpc_bytes whole = {0};
+
+    if (k->lender != c || !k->lent_size)
+        return;
+    if (mprpc_bytes_reserve(&whole, k->lent_size + k->out.size)) {
+        mprpc_link_die(k, ENOMEM);
+        return;
+    }
+    mprpc_bytes_add(&whole, k->lent, k->lent_size);
+    mprpc_bytes_add(&whole, k->out.at, k->out.size); /* nothing of it has been sent */
+    mprpc_bytes_free(&k->out);
+    k->out = whole;
+    k->lent_size = 0;
+}
+
 /* Writes a frame, or what of it the socket takes; the rest is left to whoever is on the connection. */
 static void put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head, size_t head_size,
                 const uint8_t *payload, size_t size, int hold)
@@ -234,7 +268,7 @@ static void put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head,
     ssize_t n = 0;
 
     c->sent = 1;
-    if (k->out.size == 0 && (!hold || k->wire)) { /* a wire takes all, and tells nobody of room for more */
+    if (!mprpc_link_unwritten(k) && (!hold || k->wire)) { /* a wire takes all, and tells nobody of room for more */
         n = send_parts(k, parts, size ? 2 : 1);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
             c->sent = 0; /* not a byte of it */
@@ -246,6 +280,12 @@ static void put(struct mprpc_link *k, struct mprpc_call *c, const uint8_t *head,
     if ((size_t)n == head_size + size)
         return;
     size_t of_head = (size_t)n < head_size ? (size_t)n : head_size, of_payload = (size_t)n - of_head;
+    if (n > 0 && of_head == head_size && !c->mail) { /* it is waited for: no copy */
+        k->lent = payload + of_payload;
+        k->lent_size = size - of_payload;
+        k->lender = c;
+        return;
+    }
     if (mprpc_bytes_add(&k->out, head + of_head, head_size - of_head) ||
         mprpc_bytes_add(&k->out, payload + of_payload, size - of_payload))
         mprpc_link_die(k, ENOMEM);
@@ -347,11 +387,13 @@ static void process(struct mprpc_link *k)
 
 static int reserve(struct mprpc_link *k)
 {
-    size_t free = k->in.room - k->in.size;
+    size_t free = k->in.room - k->in.size, more = k->in.size * 3; /* in proportion to what came, whatever is promised */
+    uint64_t wanted = k->session.need > k->in.size ? k->session.need - k->in.size : 0;
 
     if (free >= CHUNK / 2)
         return 0;
-    return mprpc_bytes_reserve(&k->in, k->in.size > CHUNK ? k->in.size : CHUNK); /* doubles with what came */
+    more = wanted < more ? (size_t)wanted : more;
+    return mprpc_bytes_reserve(&k->in, more > CHUNK ? more : CHUNK);
 }
 
 static void received(struct mprpc_link *k, ssize_t n, int why)
@@ -417,7 +459,7 @@ static ssize_t spin(struct mprpc_link *k)
 /* As the reader: wait for input once, act on it. 1: a signal came. */
 static int read_once(struct mprpc_link *k, uint64_t left)
 {
-    int write = (k->out.size > 0 && !k->writing) || k->wire, why = EAGAIN;
+    int write = (mprpc_link_unwritten(k) && !k->writing) || k->wire, why = EAGAIN;
     ssize_t n = -1;
 
     if (reserve(k)) {
@@ -476,7 +518,7 @@ static int write_once(struct mprpc_link *k, uint64_t left)
 static void leave(struct mprpc_link *k)
 {
     mprpc_link_promote(k);
-    if (k->out.size && !k->writing)
+    if (mprpc_link_unwritten(k) && !k->writing)
         mprpc_keeper_call();
 }
 
@@ -501,12 +543,13 @@ static int64_t await(struct mprpc_link *k, struct mprpc_call *c, uint64_t now)
             interrupted = 1;
         } else if (!k->reading || (k->boxed && !k->owned)) { /* the mailbox's thread may be busy with its mail */
             interrupted = read_once(k, patience(c, end - now));
-        } else if (k->out.size && !k->writing) {
+        } else if (mprpc_link_unwritten(k) && !k->writing) {
             interrupted = write_once(k, end - now);
         } else {
             interrupted = sleep_on(k, c, end);
         }
     }
+    take_over(k, c);
     c->away = c->pending;
     int64_t outcome = c->pending ? MPRPC_CALL_INTERRUPTED : c->outcome;
     if (!k->first)

@@ -36,7 +36,7 @@ static int quiet(const struct mprpc_link *k)
 /* An event loop that owns the connection polls for that itself. */
 static int unwritten(const struct mprpc_link *k)
 {
-    return !k->dead && k->out.size && !k->writing && !k->owned;
+    return !k->dead && mprpc_link_unwritten(k) && !k->writing && !k->owned;
 }
 
 /* What the peer's kernel has taken of what we sent; 0 where nobody tells. */

@@ -16,6 +16,9 @@ struct mprpc_link {
     struct mprpc_session session;
     struct mprpc_bytes in, out;
     size_t sent; /* bytes at the start of out */
+    const uint8_t *lent;       /* the rest of a large frame, before what is in out; it lies in its caller's memory, */
+    size_t lent_size;          /* who waits here as long as it does */
+    struct mprpc_call *lender;
     struct mprpc_call *first, *last;
     uint64_t used;    /* when a call last ended */
     uint64_t patience; /* ns, as set for the socket's receiving */
@@ -62,6 +65,11 @@ static inline uint64_t mprpc_clock(void)
 }
 
 /* All with the link's mutex held. */
+static inline int mprpc_link_unwritten(const struct mprpc_link *k)
+{
+    return k->out.size || k->lent_size;
+}
+
 void mprpc_link_die(struct mprpc_link *k, int64_t reason);
 void mprpc_link_look(struct mprpc_link *k); /* takes what is there, without waiting; nobody else may be reading */
 void mprpc_link_flush(struct mprpc_link *k);

@@ -140,7 +140,7 @@ static void settle(struct mprpc_link *k)
         k->reading = k->boxed = 0;
         k->used = mprpc_clock();
         mprpc_link_promote(k);
-        if (k->out.size && !k->writing)
+        if (mprpc_link_unwritten(k) && !k->writing)
             mprpc_keeper_call(); /* the rest of a frame whose call has ended */
     }
 }
@@ -172,7 +172,7 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
         if (held < EAGER && k->out.size >= EAGER && !k->dead)
             mprpc_link_flush(k);
         settle(k);
-        if (!k->owned && (k->out.size || k->expiry < expiry))
+        if (!k->owned && (mprpc_link_unwritten(k) || k->expiry < expiry))
             mprpc_mailbox_call(k->box);
     }
     pthread_mutex_unlock(&k->mutex);
@@ -195,7 +195,7 @@ int mprpc_link_cancel(struct mprpc_link *k, uint64_t id)
         expect_less(k->box);
         mprpc_link_tell_cancel(k, id);
         settle(k);
-        if (!k->owned && k->out.size && k->mails)
+        if (!k->owned && mprpc_link_unwritten(k) && k->mails)
             mprpc_mailbox_call(k->box);
     }
     pthread_mutex_unlock(&k->mutex);
@@ -234,7 +234,7 @@ int mprpc_link_turn(struct mprpc_link *k, int read, uint64_t *expiry)
     expire(k, mprpc_clock());
     if (k->session.gone && !k->first && !k->dead)
         mprpc_link_die(k, MPRPC_LINK_GOAWAY);
-    int told = k->dead ? -1 : k->out.size > 0;
+    int told = k->dead ? -1 : mprpc_link_unwritten(k);
     *expiry = k->expiry;
     pthread_mutex_unlock(&k->mutex);
     return told;
@@ -266,7 +266,7 @@ static size_t gather(struct mprpc_mailbox *box, uint64_t *until)
         if (k->mails && !k->dead)
             mprpc_link_flush(k); /* it may die of it */
         if (n < box->room && k->mails && !k->dead && !k->owned) {
-            short events = (short)((k->boxed ? POLLIN : 0) | (k->out.size && !k->writing ? POLLOUT : 0));
+            short events = (short)((k->boxed ? POLLIN : 0) | (mprpc_link_unwritten(k) && !k->writing ? POLLOUT : 0));
             box->fds[k->mailed.polled = n++] = (struct pollfd){events ? k->fd : -1, events, 0};
             *until = k->expiry < *until ? k->expiry : *until;
         }

@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -227,3 +228,34 @@ def test_looking_for_the_answer_before_sleeping_becomes_rarer_in_vain() -> None:
             for _ in range(100):
                 assert users.Login(REQUEST).success
             assert time.thread_time() - before < 0.05
+
+
+def test_a_large_request_is_given_up_before_its_response_is_parsed() -> None:
+    """Beside the caller's own message there are at most two of a large payload at a time."""
+    size, seen = 20_000_000, []
+    answer = wire.response(1, LoginRequest(name=bytes(size)).SerializeToString())
+
+    class Response:
+        DESCRIPTOR = LoginResponse.DESCRIPTOR
+
+        @staticmethod
+        def FromString(data: bytes) -> LoginResponse:
+            seen.append(tracemalloc.get_traced_memory()[0] - before)
+            return LoginResponse()
+
+    def serve(peer: wire.Peer) -> None:
+        peer.frame()
+        peer.send(answer)
+        peer.rest()
+
+    method = user_pb2.DESCRIPTOR.services_by_name["UserServiceRpc"].methods_by_name["Login"]
+    with wire.FakeProvider(serve) as provider, MprpcChannel(provider.address, timeout=wire.PATIENCE) as channel:
+        channel.wait_ready(wire.PATIENCE)
+        call: Any = UnaryCall(channel, method, Response)  # type: ignore[type-var]
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            call(LoginRequest(name=bytes(size)))
+        finally:
+            tracemalloc.stop()
+    assert size <= seen[0] < 1.5 * size
