@@ -243,7 +243,7 @@ def test_a_declared_method_never_runs_on_a_loops_thread() -> None:
 # ---- the bounds ----
 
 
-def test_past_the_threads_calls_queue_and_past_the_queue_they_are_refused() -> None:
+def test_past_the_threads_calls_queue_and_past_the_queue_they_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
     with serving(gate, True, handler_threads=4, max_queued=16) as provider, wire.connect(provider.address) as peer:
         peer.send(wire.login(1, b"held"))
@@ -260,6 +260,7 @@ def test_past_the_threads_calls_queue_and_past_the_queue_they_are_refused() -> N
         assert {each.status for each in answers} == {Status.OK}
         assert len({each.call_id for each in refused + answers}) == 100
         assert crew(provider).members <= 1 + 4 + 1
+    assert "fixbug.UserServiceRpc.Login refuses a call: no thread is free" in caplog.text
 
 
 def test_surprises_past_the_threads_hold_up_their_loop_only_until_one_is_free() -> None:
@@ -396,14 +397,14 @@ def _fail(controller: Any) -> Any:
     return OK
 
 
-def _resolved_elsewhere() -> Future[Any]:
+def resolved_elsewhere(answer: Any) -> Future[Any]:
     future: Future[Any] = Future()
-    threading.Thread(target=lambda: future.set_result(OK)).start()
+    threading.Thread(target=lambda: future.set_result(answer)).start()
     return future
 
 
-async def _awaited() -> Any:
-    return OK
+async def awaited(answer: Any) -> Any:
+    return answer
 
 
 @either_way
@@ -416,8 +417,8 @@ async def _awaited() -> Any:
         (lambda _: _raise(SystemExit()), Status.INTERNAL, "the handler raised SystemExit"),
         (_fail, Status.ABORTED, "said so"),
         (lambda _: b"no message", Status.INTERNAL, "the handler returned no response of its method's type"),
-        (lambda _: _resolved_elsewhere(), Status.OK, ""),
-        (lambda _: _awaited(), Status.OK, ""),
+        (lambda _: resolved_elsewhere(OK), Status.OK, ""),
+        (lambda _: awaited(OK), Status.OK, ""),
         (
             lambda _: LoginResponse(result={"errmsg": b"x" * 2000}),
             Status.RESOURCE_EXHAUSTED,
@@ -483,6 +484,60 @@ def test_stop_lets_them_finish(declared: bool, caplog: pytest.LogCaptureFixture)
         assert not stopping.is_alive()
     assert not caplog.records
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mprpc-crew")]
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+def test_a_crowd_of_all_kinds(loops: int) -> None:
+    """Each answer is its caller's own, and nothing is left of the calls."""
+
+    def login(request: Any, controller: Any) -> Any:
+        kind = bytes(request.name).partition(b" ")[0]
+        if kind in (b"waits", b"raises", b"future", b"async"):
+            threading.Event().wait(0.005)
+        if kind == b"computes":
+            end = time.monotonic() + 0.005
+            while time.monotonic() < end:
+                pass
+        if kind == b"nested":
+            return users.Login(LoginRequest(name=b"fast" + request.name[6:]), timeout=PATIENCE)
+        if kind == b"raises":
+            raise NotFound(request.name.decode())
+        answer = services.accept(request, controller)
+        return resolved_elsewhere(answer) if kind == b"future" else awaited(answer) if kind == b"async" else answer
+
+    def call(number: int) -> None:
+        with services.calling(provider) as mine:
+            for turn in range(6):
+                for kind in (
+                    "fast",
+                    "waits",
+                    "fast",
+                    "computes",
+                    "raises",
+                    "fast",
+                    "future",
+                    "async",
+                    "nested",
+                    "fast",
+                ):
+                    text = f"{kind} {number} {turn}"
+                    try:
+                        got = mine.Login(LoginRequest(name=text.encode()), timeout=PATIENCE).result.errmsg.decode()
+                    except NotFound as error:
+                        got = error.text
+                    wrong.extend([] if got == text.replace("nested", "fast") else [(text, got)])
+
+    wrong: list[tuple[str, str]] = []
+    with services.serving(login, loops=loops, handler_threads=24) as provider, services.calling(provider) as users:
+        callers = [threading.Thread(target=call, args=(number,)) for number in range(12)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(3 * PATIENCE)
+        assert not any(caller.is_alive() for caller in callers)
+        wait_until(lambda: crew(provider).busy == 0, "all handlers have ended")
+        assert [len(loop._detached) for loop in provider._loops] == [0] * loops
+    assert wrong == []
 
 
 PROGRAM = """
