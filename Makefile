@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries workers simulation
+.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries workers simulation proxy soak
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -90,3 +90,9 @@ workers: build ## what a second worker process is worth, 50 rolling restarts and
 
 simulation: build ## 20,000 seeds of calls on a virtual clock and network; goes on from where it was stopped (15 minutes)
 	$(BIN)/python tests/simulation --count $${SEEDS:-20000}
+
+proxy: build ## seven faults of the network, each way, to one of three providers under load (8 minutes)
+	$(BIN)/python tests/reliability proxy
+
+soak: build ## half an hour of calls of all sizes with a fault every half minute: what grows, leaks
+	$(BIN)/python tests/reliability soak

@@ -33,7 +33,7 @@ from mprpc.desk import Children, Exists, Read, Request
 from mprpc.embedded_zookeeper import Clock
 from mprpc.registry import Registration, Registry
 from mprpc.testing import EmbeddedZooKeeper
-from reliability import cycles, faults, hunt, restarts, workers
+from reliability import cycles, faults, hunt, proxy, restarts, soak, workers
 from services import LoginResponse
 from zookeeper_server import ZooKeeper, require, shared_real_zookeeper, zookeeper  # noqa: F401
 
@@ -447,3 +447,18 @@ def test_the_hunt_would_find_one() -> None:
     assert [text.partition("call ")[2][:12] for text in tally.wrong] == [
         "1 got the an", "1 ended twic", "2 gave up 99" if two.timeout < 1 else "2 gave up 19", "3 ended with",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_faults_of_the_network_are_got_over() -> None:
+    """One of three providers is behind them: a second each, both ways."""
+    report = proxy.Report("proxy", 1)
+    proxy.run(report, seed=1, seconds=1.0, directions=["both ways"], fresh=True)
+    assert report.broken == []
+
+
+@pytest.mark.long
+def test_nothing_grows() -> None:
+    report = soak.Report("soak", 1)
+    soak.run(report, seed=1, faults=10, seconds=20.0, every=2.0, lasts=1.0)
+    assert [text for text in report.broken if "kilobytes" not in text] == []  # memory settles later: `make soak`

@@ -27,7 +27,8 @@ THREADS = 64
 RESET_EVERY = 500
 SHORT, LONG = 0.010, 20.0  # seconds: the deadlines of those that give up, and of the others
 HOLD_MS = (8, 30)
-FLYING = 32  # futures, and tasks, in flight
+THINK = 0.008  # seconds at most between a thread's calls: else they would wait for the interpreter, not for answers
+FLYING = 8  # futures, and tasks, in flight
 EXCESS_RARE, EXCESS_WORST = 0.050, 0.500  # seconds past the deadline: the 99.999th percentile, and the worst
 ANSWERED, LATE, LOST, CANCELLED = "answered", "out of time", "lost by a reset", "cancelled"
 
@@ -62,7 +63,9 @@ def note(number: int, dice: random.Random) -> bytes:
 class Tally:
     """How calls ended; one thread's, and added up after."""
 
-    def __init__(self) -> None:
+    def __init__(self, face: str = "") -> None:
+        self._face = face
+        self.latest: tuple[float, str] = (0.0, "nobody")  # seconds past the deadline, and who
         self.ends: Counter[str] = Counter()
         self.excess = array("d")  # seconds past the deadline, of those that were
         self.wrong: list[str] = []
@@ -77,6 +80,8 @@ class Tally:
         past = now - question.began - question.timeout
         if past > 0:
             self.excess.append(past)
+            if past > self.latest[0]:
+                self.latest = past, f"{self._face} with {question.timeout * 1000:.0f} ms: {_said(outcome)}"
         self.ends[self._kind(question, outcome, past, cancelled)] += 1
 
     def _kind(self, question: Question, outcome: Any, past: float, cancelled: bool) -> str:
@@ -99,6 +104,7 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         self.ends += other.ends
+        self.latest = max(self.latest, other.latest)
         self.excess += other.excess
         self.wrong += other.wrong
         self.not_run += other.not_run
@@ -118,7 +124,7 @@ class Hunt:
         self._stub = ledger_mprpc.LedgerRpc_Stub(self.channel)
         self._seed = seed
         self._over = over
-        self._parts = [Tally() for _ in range(THREADS + 2)]
+        self._parts = [Tally("a blocking call") for _ in range(THREADS)] + [Tally("a future"), Tally("a task")]
         self._share = calls // (THREADS + 8)  # the flyer and the event loop get four threads' share each
 
     def run(self) -> Tally:
@@ -154,7 +160,9 @@ class Hunt:
 
     def _block(self, part: int) -> None:
         tally = self._parts[part]
+        dice = random.Random(part)
         for question in self._questions(part):
+            time.sleep(dice.uniform(0.0, THINK))
             question.began = time.monotonic()
             try:
                 outcome = self._method(self._stub, question)(question.entry, timeout=question.timeout)
@@ -287,6 +295,7 @@ def judge(report: Report, total: Tally, ran: bytes, yardstick: Yardstick) -> Non
     report.row("wrong answers, double or missing ends", len(total.wrong))
     report.row("said not to have run", f"{len(total.not_run):,}, of which {len(lied):,} did")
     report.row("past the deadline", f"99.999 % {rare * 1000:.1f} ms, worst {worst * 1000:.1f} ms")
+    report.row("the latest", total.latest[1])
     late = sorted(yardstick.late)
     tail = late[-1 - len(late) // 1000] * 1000
     report.row(

@@ -9,7 +9,6 @@ connection, `look` tells descriptors and memory, `ran PATH` writes the counts to
 from __future__ import annotations
 
 import ctypes
-import gc
 import heapq
 import json
 import os
@@ -26,6 +25,7 @@ import ledger_mprpc
 import ledger_pb2
 from mprpc import MprpcConfig, RpcProvider
 from reliability.member import say
+from reliability.report import look
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _UNSPECIFIED = bytes(16)  # a sockaddr of AF_UNSPEC: connect(2) dissolves the association, tcp(7) with a reset
@@ -68,7 +68,7 @@ class Ledger(ledger_mprpc.LedgerRpc):
     """Answers with the question's number and note, when it is told to."""
 
     def __init__(self, calls: int, reset_every: int) -> None:
-        self.ran = bytearray(calls)
+        self.ran = bytearray(bytes(calls))  # all of its pages are there from the start
         self._clock = Clock()
         self._process = os.getpid()
         self._reset_every = reset_every
@@ -107,18 +107,6 @@ def reset_connections() -> int:
             finally:
                 os.close(own)
     return count
-
-
-def look() -> dict[str, int]:
-    """What grows when something leaks."""
-    gc.collect()
-    status = Path("/proc/self/status").read_text()
-    return {
-        "kilobytes": int(status.partition("VmRSS:")[2].split()[0]),
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "objects": len(gc.get_objects()),
-        "threads": threading.active_count(),
-    }
 
 
 def main() -> None:

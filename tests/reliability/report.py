@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,3 +72,15 @@ def machine() -> str:
     cores = f"{os.cpu_count()} cores of {model}, load {os.getloadavg()[0]:.1f}"
     today = datetime.datetime.now(datetime.timezone.utc).date()
     return f"{today}, {commit or '?'}, {cores}, Python {platform.python_version()}"
+
+
+def look() -> dict[str, int]:
+    """Of this process, what grows when something leaks."""
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    return {
+        "kilobytes": int(status.partition("VmRSS:")[2].split()[0]),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "objects": len(gc.get_objects()),
+        "threads": threading.active_count(),
+    }
