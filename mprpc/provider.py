@@ -306,11 +306,12 @@ class RpcProvider:
             lib.mprpc_loop_stop(loop.handle, int(grace * _NS), _SETTLE if self._publication is not None else 0)
 
     def statistics(self) -> ProviderStatistics:
-        """What became of all calls since the start, by method: how many, errors, latency; and of connections."""
+        """What became of all calls since the start, by method: how many, errors, latency; connections; threads."""
         from mprpc.statistics import provider_statistics
 
         names = [f"{entry.service}.{entry.name}" for entry in self._entries]
-        return provider_statistics([loop.handle for loop in self._loops], names)
+        crew = ffi.new("struct mprpc_crew_statistics *") if self._crew is None else self._crew.statistics()
+        return provider_statistics([loop.handle for loop in self._loops], names, crew)
 
     def run(self) -> None:
         """Starts, unless it has started, and serves until SIGTERM, SIGINT or stop(); a second signal stops at once.

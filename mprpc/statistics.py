@@ -85,7 +85,8 @@ class ProviderStatistics(NamedTuple):
 
     `methods`: by full name, `package.Service.Method`; calls that found no method are in none. `connections`: open ones;
     `accepted`: ever; `broken`: ended by the provider for what their peers sent, or didn't send in time. `in_flight`:
-    calls whose callers wait.
+    calls whose callers wait. `beside`: handlers that run on threads beside the loops, of `handler_threads`; `queued`:
+    calls that wait for such a thread, of `max_queued`; `relieved`: how often a handler took long by surprise.
     """
 
     methods: Mapping[str, MethodStatistics]
@@ -93,6 +94,9 @@ class ProviderStatistics(NamedTuple):
     accepted: int
     broken: int
     in_flight: int
+    beside: int
+    queued: int
+    relieved: int
 
 
 class EndpointStatistics(NamedTuple):
@@ -133,8 +137,8 @@ def method_statistics(tally: Any) -> MethodStatistics:
     )
 
 
-def provider_statistics(handles: list[Any], methods: list[str]) -> ProviderStatistics:
-    """Of the loops with these handles, which serve these methods. Any thread."""
+def provider_statistics(handles: list[Any], methods: list[str], crew: Any) -> ProviderStatistics:
+    """Of the loops with these handles, which serve these methods, and of their crew, as C counts it. Any thread."""
     counted = ffi.new("struct mprpc_loop_statistics[]", max(1, len(handles)))
     for number, handle in enumerate(handles):
         lib.mprpc_loop_statistics(handle, counted + number)
@@ -150,6 +154,9 @@ def provider_statistics(handles: list[Any], methods: list[str]) -> ProviderStati
         accepted=sum(each.accepted for each in counted),
         broken=sum(each.broken for each in counted),
         in_flight=sum(each.in_flight for each in counted),
+        beside=crew.busy,
+        queued=crew.queued,
+        relieved=crew.relieved,
     )
 
 

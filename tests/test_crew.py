@@ -254,7 +254,8 @@ def test_past_the_threads_calls_queue_and_past_the_queue_they_are_refused(caplog
         refused = [peer.frame()[0] for _ in range(80)]
         assert {(each.status, each.not_run) for each in refused} == {(Status.RESOURCE_EXHAUSTED, True)}
         assert "handler_threads" in refused[0].error_text
-        assert (crew(provider).busy, crew(provider).queued) == (4, 16)
+        seen = provider.statistics()
+        assert (seen.beside, seen.queued, seen.relieved) == (4, 16, 0)
         gate.opened.set()
         answers = [peer.frame()[0] for _ in range(20)]
         assert {each.status for each in answers} == {Status.OK}
@@ -274,6 +275,29 @@ def test_surprises_past_the_threads_hold_up_their_loop_only_until_one_is_free() 
         assert crew(provider).busy == 1
         gate.opened.set()
         assert {received(peer)[0] for _ in range(3)} == {1, 2, 3}
+
+
+def test_without_a_thread_more_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process may have as many threads as it can: the one that stood by goes on alone."""
+    gate = Gate()
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving(gate, False) as provider, wire.connect(provider.address) as peer:
+        peer.send(wire.login(1))
+        assert peer.frame()[0].call_id == 1
+        monkeypatch.setattr("mprpc.crew._Thread.start", start)
+        peer.send(wire.login(2, b"held"))
+        gate.enters()
+        peer.send(wire.login(3))
+        assert received(peer) == (3, b"zhang san")
+        gate.opened.set()
+        assert received(peer) == (2, b"held")
+        assert crew(provider).members == 2
+    assert "no thread can be started for handlers that take long: can't start new thread" in caplog.text
 
 
 def test_a_queued_call_whose_time_is_up_is_not_run() -> None:
