@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include "_crew.h"
 #include "_fast.h"
+#include "_fork.h"
 #include "_loop.h"
 
 #include <stddef.h>
@@ -406,6 +407,7 @@ static PyObject *server_lead(PyObject *self, PyObject *address)
 
     if (!member)
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no member of a crew");
+    unsigned forks = mprpc_forks;
     if (s->running)
         take_over(s);
     for (;;) {
@@ -413,6 +415,8 @@ static PyObject *server_lead(PyObject *self, PyObject *address)
         while (b->next < b->count) {
             uint32_t i = b->next++;
             enum end end = handle(s, i, member);
+            if (forks != mprpc_forks)
+                Py_RETURN_TRUE; /* the handler has forked, and this is the child, which serves nobody */
             if (end == RELIEVED)
                 Py_RETURN_FALSE;
             uint64_t took = mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);

@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from copy import copy
 from itertools import count
@@ -74,6 +75,7 @@ class AsyncMprpcChannel:
         self._hubs: dict[asyncio.AbstractEventLoop, _Hub] = {}
         self._lock = threading.Lock()
         self._closed = False
+        _channels.add(self)
 
     def unary_call(self, method: MethodDescriptor, response_class: type[Response]) -> AsyncUnaryCall[Any, Response]:
         """The callable for one method; generated stubs ask for theirs here."""
@@ -110,6 +112,11 @@ class AsyncMprpcChannel:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _forget_forked(self) -> None:
+        """In a forked child: event loops and connections are the parent's."""
+        self._lock = threading.Lock()
+        self._hubs = {}
 
     def _hub(self) -> _Hub:
         loop = asyncio.get_running_loop()
@@ -761,3 +768,14 @@ def _retrieve(done: asyncio.Future[Any]) -> None:
 
 def _closed() -> Unavailable:
     return Unavailable("the channel is closed", not_run=True)
+
+
+_channels: weakref.WeakSet[AsyncMprpcChannel] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for channel in list(_channels):
+        channel._forget_forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -20,6 +20,7 @@ from mprpc._native import ffi
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.errors import ConfigError, RpcError, Unavailable
+from mprpc.late import importing
 from mprpc.retry import Budget, Hedging, Policy
 from mprpc.service import attribute_of
 from mprpc.subchannel import Subchannel, channel_closed, split_address
@@ -219,8 +220,9 @@ class MprpcChannel:
         if self._closed:
             raise channel_closed()
         if self._registry is None:
-            from mprpc.probe import probe
-            from mprpc.registry import Registry
+            with importing:
+                from mprpc.probe import probe
+                from mprpc.registry import Registry
 
             self._registry = Registry.open(self._config, probe)
         return self._registry

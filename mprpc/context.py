@@ -11,6 +11,7 @@ which C looks at only in processes where there is any.
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -81,3 +82,12 @@ def inherit(function: Callable[P, T]) -> Callable[P, T]:
 
     within.__name__ = getattr(function, "__name__", "within")
     return within
+
+
+def _after_fork() -> None:
+    """A child that a handler forks outlives the call, and so must its own calls."""
+    native.handle(None)
+    _handled.set(None)
+
+
+os.register_at_fork(after_in_child=_after_fork)

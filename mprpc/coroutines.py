@@ -75,6 +75,17 @@ class Coroutines:
         if self._thread.is_alive():
             _log.error("an async handler blocks its event loop, the thread %s is left behind", self._thread.name)
 
+    def forget_forked(self) -> None:
+        """In a forked child, where nobody turns the event loop. Its descriptors are closed as they are: what closes it
+        the usual way takes them out of the parent's epoll set, and an event loop that is never closed complains."""
+        loop: Any = self._loop
+        with contextlib.suppress(
+            AttributeError
+        ):  # no loop of asyncio's own, such as uvloop's, which minds forks itself
+            for each in (loop._ssock, loop._csock, loop._selector):
+                each.close()
+            loop._closed = True
+
     # ---- the event loop's thread ----
 
     def _serve(self) -> None:

@@ -205,6 +205,15 @@ class CallFuture(Future[Response], Generic[Response]):
             self._outer._forget_on_cancel(self._stop)
             self._outer = None
 
+    def _disown(self) -> None:
+        """In a forked child."""
+        self._at = None
+        self._weight = 0
+        self._done_callbacks = []
+        if self._state == PENDING:
+            text = f"{self._call._method.full_name}: the call was made before a fork; its answer is the parent's"
+            self._exception, self._state = Unavailable(text), FINISHED
+
     def _run_callbacks(self) -> None:
         try:
             self._invoke_callbacks()  # type: ignore[attr-defined]  # private, but so since the first version
@@ -310,6 +319,7 @@ class _Reader:
         self._work = threading.Condition(self._lock)  # something is queued
         self._lanes = self._idle_lanes = 0
         self.threads: set[int] = set()  # ours, which must wait neither for room nor for futures: they make it
+        self._carried: set[CallFuture[Any]] = set()  # each on a lane
 
     # ---- any thread ----
 
@@ -587,10 +597,12 @@ class _Reader:
     def _lane(self) -> None:
         self.threads.add(threading.get_ident())
         while (future := self._next_queued()) is not None:
+            self._carried.add(future)
             try:
                 error = self._go_on(future)
             except BaseException as raised:
                 error = raised
+            self._carried.discard(future)
             if error is not None:
                 future._end(None, error)
                 if not self._in_flight():
@@ -716,12 +728,13 @@ def reader() -> _Reader:
 
 
 def _after_fork() -> None:
-    """The parent's calls are the parent's: here they never end, and to cancel one must not write to its socket."""
+    """The parent's calls are the parent's: here they have failed, so that nobody waits for them, without a callback."""
     global _reader, _reader_lock, _mutex
     _mutex = threading.RLock()
     CallFuture._condition = threading.Condition(_mutex)
-    for future in list(_reader._pending.values()) if _reader is not None else ():
-        future._at = None
+    if _reader is not None:
+        for future in (*_reader._pending.values(), *_reader._queued.values(), *_reader._carried):
+            future._disown()
     _reader, _reader_lock = None, threading.Lock()
 
 

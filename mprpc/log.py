@@ -295,7 +295,9 @@ _handlers: weakref.WeakSet[SeedLogHandler] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    for handler in _handlers:
+    global _start_lock
+    _start_lock = threading.Lock()
+    for handler in list(_handlers):
         handler._file.close()
         handler._begin()
 

@@ -20,6 +20,7 @@ import socket
 import stat
 import threading
 import time
+import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ from mprpc.controller import MprpcController
 from mprpc.crew import Crew
 from mprpc.errors import ConfigError, RpcError, Status
 from mprpc.fast import native
+from mprpc.late import importing
 from mprpc.service import MethodEntry, methods_of
+from mprpc.signals import SignalHandlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +84,7 @@ class RpcProvider:
         self._wakeup: socket.socket | None = None
         self._supervisor: Supervisor | None = None
         self._worker: Worker | None = None
+        _providers.add(self)
 
     def notify_service(self, service: object) -> None:
         """Publishes a service: an instance of a class derived from a generated one. Before start().
@@ -196,8 +200,8 @@ class RpcProvider:
         return self._crew is not None and self._crew.queue(job)
 
     def _run_coroutines(self) -> Coroutines:
-        from mprpc.coroutines import Coroutines
-
+        with importing:
+            from mprpc.coroutines import Coroutines
         with self._coroutines_lock:
             if self._coroutines is None:
                 self._coroutines = Coroutines()
@@ -205,8 +209,9 @@ class RpcProvider:
 
     def _register(self, own: str) -> None:
         """Publishes `own`, the address that this process alone listens on."""
-        from mprpc.probe import probe
-        from mprpc.registry import Registration, Registry
+        with importing:
+            from mprpc.probe import probe
+            from mprpc.registry import Registration, Registry
 
         if own.startswith(("unix:", "memory:")):
             _log.warning("%s is registered nowhere: ZooKeeper's readers can't reach it", own)
@@ -333,17 +338,13 @@ class RpcProvider:
     def _run_with_signals(self) -> None:
         # A pair of sockets: an Event must not be set by the handler of a signal that came while it was waited on.
         waker, self._wakeup = socket.socketpair()
-        self._wakeup.setblocking(False)
-        before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        handlers = SignalHandlers(self._on_signal, (signal.SIGTERM, signal.SIGINT), self._wakeup)
         try:
             if not self._stopped.is_set():  # stop() sets it before it looks for what to wake
                 waker.recv(1)
             self.stop()
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before)
+            handlers.restore()
             self._wakeup.close()
             self._wakeup = None
             waker.close()
@@ -434,6 +435,21 @@ class RpcProvider:
         if self._embedded is not None:
             worker.wait()
             self._embedded.stop()
+
+    def _forget_forked(self) -> None:
+        """In a forked child: it serves in the process that started it, and here no longer."""
+        self._lock, self._coroutines_lock = threading.RLock(), threading.Lock()
+        if not self._loops:
+            return
+        if self._coroutines is not None:
+            self._coroutines.forget_forked()
+        self._loops, self._coroutines, self._crew = [], None, None
+        self._registry = self._publication = self._embedded = None
+        self._stopped = threading.Event()
+        self._stopped.set()
+        if self._wakeup is not None:
+            self._wakeup.close()
+            self._wakeup = None
 
     def __enter__(self) -> RpcProvider:
         self.start()
@@ -869,3 +885,14 @@ def _remove_socket(path: str) -> None:
         os.unlink(path)
     except OSError:
         return
+
+
+_providers: weakref.WeakSet[RpcProvider] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for provider in list(_providers):
+        provider._forget_forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

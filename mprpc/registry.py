@@ -213,7 +213,8 @@ class Publication:
         return self._registered
 
     def wait(self, timeout: float) -> bool:
-        """Wait until everything is registered and seen; False when it isn't within `timeout` seconds."""
+        """Wait until everything is registered and seen; False when it isn't within `timeout` seconds, and at once in a
+        forked child."""
         return self._shell.wait_for(lambda: self._registered, timeout)
 
     def replace(self, registrations: Sequence[Registration]) -> None:
@@ -288,6 +289,7 @@ class _Shell:
     _shared: ClassVar[dict[object, _Shell]] = {}
     _all: ClassVar[weakref.WeakSet[_Shell]] = weakref.WeakSet()
     _class_lock: ClassVar[threading.Lock] = threading.Lock()
+    _exit_pid: ClassVar[int] = 0
 
     def __init__(self, config: MprpcConfig, key: object) -> None:
         self.where = config.zookeeper_hosts
@@ -332,6 +334,7 @@ class _Shell:
             if shell is None:
                 shell = cls(config, key)
                 shell._start()
+                cls._mind_exit()
                 cls._all.add(shell)
                 if shared:
                     cls._shared[key] = shell
@@ -348,6 +351,14 @@ class _Shell:
                 del self._shared[self._key]
             self._all.discard(self)
         self.stop(timeout)
+
+    @classmethod
+    def _mind_exit(cls) -> None:
+        """Once in each process: in a worker process what its parent has registered does not run."""
+        if cls._exit_pid != os.getpid():
+            cls._exit_pid = os.getpid()
+            atexit.unregister(_Shell.at_exit)
+            atexit.register(_Shell.at_exit)
 
     @property
     def mine(self) -> bool:
@@ -371,6 +382,8 @@ class _Shell:
         self._events.put((0, event))
 
     def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        if not self.mine:
+            return False
         with self._changed:
             return self._changed.wait_for(condition, timeout)
 
@@ -500,7 +513,7 @@ class _Shell:
         shells, cls._all = list(cls._all), weakref.WeakSet()
         cls._shared = {}
         cls._class_lock = threading.Lock()
-        for registry in _registries:
+        for registry in list(_registries):
             registry._lock = threading.Lock()
         for shell in shells:
             shell._client.forget()
@@ -614,4 +627,3 @@ def _nothing() -> None:
 
 
 os.register_at_fork(after_in_child=_Shell.after_fork)
-atexit.register(_Shell.at_exit)

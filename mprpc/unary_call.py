@@ -32,6 +32,7 @@ from mprpc.errors import (
     Unavailable,
 )
 from mprpc.fast import native
+from mprpc.late import importing
 from mprpc.retry import P95, Attempts, Policy
 from mprpc.target import Fixed
 
@@ -220,7 +221,8 @@ class UnaryCall(_Call, Generic[Request, Response]):
         """
         global _start_future
         if _start_future is None:  # once: an import statement that finds all there still costs half a microsecond
-            from mprpc.futures import start_future as _start_future
+            with importing:
+                from mprpc.futures import start_future as _start_future
         future: CallFuture[Response] = _start_future(self, request, timeout, controller)
         return future
 

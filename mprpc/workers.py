@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mprpc import log
 from mprpc._native import ffi, lib
 from mprpc.errors import ConfigError, RpcError
+from mprpc.signals import SignalHandlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -117,21 +118,17 @@ class Worker:
         """Its own signals, exit handlers and name. Signals are blocked until then."""
         # What the parent has registered is the parent's to run; multiprocessing does the same since 3.14.
         atexit._clear()
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_term)
         # Ctrl-C reaches the whole group of a terminal: the supervisor says what follows of it. No SIG_IGN, which
         # programs that a handler starts would inherit.
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, _ignore)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        SignalHandlers(self._on_signal, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._wakeup)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         log.name_process(f"{self.name} ({os.getpid()})")
 
-    def _on_term(self, number: int, frame: FrameType | None) -> None:
-        if self._told:
-            self.hurry()
-        self._told = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            if self._told:
+                self.hurry()
+            self._told = True
 
     def _run(self, body: Body) -> NoReturn:
         code = 1
@@ -159,10 +156,6 @@ def _leave(code: int) -> NoReturn:
                 stream.flush()
     finally:
         os._exit(code)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """A signal that only has to be no death."""
 
 
 class _Process:
@@ -271,10 +264,8 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("workers are forked and signalled from the main thread: call run() there")
         self._waker, self._wakeup = socket.socketpair()
-        for each in (self._waker, self._wakeup):
-            each.setblocking(False)
-        before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._waker.setblocking(False)
+        handlers = SignalHandlers(self._on_signal, _SIGNALS, self._wakeup)
         try:
             while not self._ended():
                 self._wait()
@@ -282,9 +273,7 @@ class Supervisor:
                 self._step()
         finally:
             self._kill_all()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before)
+            handlers.restore()
             self._waker.close()
             self._wakeup.close()
             self._wakeup = None

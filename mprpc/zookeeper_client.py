@@ -39,6 +39,7 @@ from mprpc.desk import (
     Transaction,
 )
 from mprpc.errors import ConfigError, Unavailable
+from mprpc.late import importing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,7 +74,8 @@ _kazoo_log.addFilter(lambda record: record.levelno >= logging.ERROR)
 
 def load_kazoo() -> None:
     """What the first client would import. It starts no thread."""
-    import kazoo.client  # noqa: F401
+    with importing:
+        import kazoo.client  # noqa: F401
 
 
 class _Lost:
@@ -93,6 +95,7 @@ class ZooKeeperClient:
     def __init__(
         self, config: MprpcConfig, post: Callable[[Event], None], client_id: tuple[int, bytes] | None = None
     ) -> None:
+        load_kazoo()
         from kazoo.client import KazooClient
         from kazoo.retry import KazooRetry
         from kazoo.security import OPEN_ACL_UNSAFE

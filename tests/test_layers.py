@@ -15,7 +15,7 @@ PACKAGE = generated.ROOT / "mprpc"
 
 # Lower layers first; a module may import its own layer and those below. What stands alone imports nothing of ours.
 LAYERS = [
-    {"errors", "config", "log"},
+    {"errors", "config", "late", "log", "signals"},
     {"_native", "fast"},
     {"controller", "incidents", "service", "statistics"},
     # registry and balancer, with the rooms that they were divided into

@@ -15,6 +15,7 @@ import os
 import selectors
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -116,6 +117,7 @@ class EmbeddedZooKeeperServer:
         self._tasks: list[_Task[object]] = []
         self._thread: threading.Thread | None = None
         self._stopping = False
+        _servers.add(self)
 
     @property
     def host(self) -> str:
@@ -157,6 +159,16 @@ class EmbeddedZooKeeperServer:
         self._thread = threading.Thread(target=self._run, name="mprpc-zookeeper", daemon=True)
         self._thread.start()
         logger.info("embedded ZooKeeper at %s: in memory, for development and tests only", self.address)
+
+    def forget_forked(self) -> None:
+        """In a forked child: port and connections are the parent's, and must not stay open for its sake."""
+        if self._thread is None:
+            return
+        self._thread = None
+        for sock in (self._listener, self._wake_end, self._waking_end, *(each.sock for each in self._connections)):
+            sock.close()
+        self._selector.close()
+        os.close(self._spare)
 
     def stop(self) -> None:
         """Closes every connection and the port, and waits for the thread. The data stays, for the next `start`."""
@@ -481,3 +493,14 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+_servers: weakref.WeakSet[EmbeddedZooKeeperServer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for server in list(_servers):
+        server.forget_forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
