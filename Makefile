@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries workers simulation proxy soak
+.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries balance workers simulation proxy soak
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -84,6 +84,9 @@ hunt: build ## 2 million calls, a third of which give up, on a connection that i
 
 retries: build ## outages of 30 s with retries, and hedges past slow providers (7 minutes)
 	$(BIN)/python tests/reliability retries
+
+balance: build ## ten providers of which one or most are slow, silent or gone; what a pick costs (3 minutes)
+	$(BIN)/python tests/reliability balance
 
 workers: build ## what a second worker process is worth, 50 rolling restarts and 50 deaths (4 minutes, real ZooKeeper)
 	$(BIN)/python tests/reliability workers

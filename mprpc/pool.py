@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mprpc.registry import Snapshot
     from mprpc.subchannel import Subchannel
 
-__all__ = ["EndpointState", "Pool", "Pools", "fixed_state"]
+__all__ = ["EndpointState", "Load", "Pool", "Pools", "fixed_state"]
 
 _NS = 1_000_000_000
 _QUIET = 60.0  # seconds between two warnings that more than half of a list rests
@@ -128,7 +128,7 @@ class Pool:
             for each, subchannel in zip(listed, subchannels, strict=True):
                 old = self._known.get(subchannel)
                 if old is None or old.endpoint != each:
-                    old = Candidate(each, _Load(subchannel), subchannel.health, subchannel)
+                    old = Candidate(each, Load(subchannel), subchannel.health, subchannel)
                 there[subchannel] = old
             self._show(self._balancer.update(there.values(), time.monotonic()))
             chosen = self._balancer.listed
@@ -202,11 +202,11 @@ def fixed_state(endpoint: Subchannel) -> EndpointState:
     """Of the one address that a channel was given."""
     from mprpc.layout import Endpoint
 
-    candidate = Candidate(Endpoint(endpoint.address), _Load(endpoint), endpoint.health, endpoint)
+    candidate = Candidate(Endpoint(endpoint.address), Load(endpoint), endpoint.health, endpoint)
     return _state(candidate, "", 1.0, 0.0, time.monotonic())
 
 
-class _Load:
+class Load:
     """A `balancer.Load` over the record that C keeps."""
 
     __slots__ = ("_measure", "_subchannel")

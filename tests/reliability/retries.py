@@ -47,8 +47,7 @@ class Troubled:
     """The process of the providers; see `troubled.py`."""
 
     def __init__(self, zookeeper: str, ports: list[int], hold_ms: list[float], hiccups: float = 0.0) -> None:
-        host, _, port = zookeeper.rpartition(":")
-        config = {"zookeeperip": host, "zookeeperport": int(port), "session_timeout": 4.0}
+        config: dict[str, Any] = {"zookeeperip": zookeeper, "session_timeout": 4.0} if zookeeper else {}
         orders = {"config": config, "ports": ports, "hold_ms": hold_ms, "hiccups": hiccups, "hiccup_ms": SLOW}
         self._orders = json.dumps(orders)
         self.start()
@@ -62,7 +61,7 @@ class Troubled:
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
-        self._read("serving")
+        self.addresses: list[str] = self._read("serving")
 
     def ask(self, command: str) -> int:
         """How many requests its handlers have had."""
