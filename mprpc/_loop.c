@@ -49,7 +49,10 @@ enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, UNAVAILABLE = 14 };
 
 /* ---- poller: epoll, or poll(2) with the keys beside ---- */
 
-enum { IN = 1, OUT = 2 };
+enum { IN = 1, OUT = 2, ENDED = 4 }; /* ENDED: the peer's side is, behind what can be read */
+#ifndef POLLRDHUP
+#define POLLRDHUP 0
+#endif
 
 struct poller {
     int ep; /* -1: poll(2) */
@@ -66,7 +69,7 @@ static int poller_set(struct poller *p, int fd, uint64_t key, int events, int ad
 {
 #ifdef __linux__
     if (p->ep >= 0) {
-        struct epoll_event e = {.events = (events & IN ? EPOLLIN : 0u) | (events & OUT ? EPOLLOUT : 0u),
+        struct epoll_event e = {.events = (events & IN ? EPOLLIN | EPOLLRDHUP : 0u) | (events & OUT ? EPOLLOUT : 0u),
                                 .data.u64 = key};
         return epoll_ctl(p->ep, added ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &e);
     }
@@ -87,7 +90,7 @@ static int poller_set(struct poller *p, int fd, uint64_t key, int events, int ad
         p->room = room;
     }
     p->count += i == p->count;
-    p->fds[i] = (struct pollfd){fd, (short)((events & IN ? POLLIN : 0) | (events & OUT ? POLLOUT : 0)), 0};
+    p->fds[i] = (struct pollfd){fd, (short)((events & IN ? POLLIN | POLLRDHUP : 0) | (events & OUT ? POLLOUT : 0)), 0};
     p->keys[i] = key;
     return 0;
 }
@@ -120,7 +123,8 @@ static int poller_wait(struct poller *p, struct ready *ready, uint64_t timeout)
         n = epoll_wait(p->ep, events, POLL_MAX, wait);
         for (k = 0; k < n; k++) {
             uint32_t e = events[k].events;
-            ready[k] = (struct ready){events[k].data.u64, (e & ~(uint32_t)EPOLLOUT ? IN : 0) | (e & EPOLLOUT ? OUT : 0)};
+            ready[k] = (struct ready){events[k].data.u64, (e & ~(uint32_t)EPOLLOUT ? IN : 0) |
+                                                              (e & EPOLLOUT ? OUT : 0) | (e & EPOLLRDHUP ? ENDED : 0)};
         }
         return n;
     }
@@ -130,7 +134,8 @@ static int poller_wait(struct poller *p, struct ready *ready, uint64_t timeout)
         size_t at = (p->first + i) % p->count;
         short e = p->fds[at].revents;
         if (e)
-            ready[k++] = (struct ready){p->keys[at], (e & ~POLLOUT ? IN : 0) | (e & POLLOUT ? OUT : 0)};
+            ready[k++] = (struct ready){
+                p->keys[at], (e & ~POLLOUT ? IN : 0) | (e & POLLOUT ? OUT : 0) | (e & POLLRDHUP ? ENDED : 0)};
     }
     p->first++;
     return n < 0 ? n : k;
@@ -865,6 +870,16 @@ static void peer_ended(struct mprpc_loop *l, struct connection *c)
     }
 }
 
+/* The same before all that it sent was read: a framed peer waits for none of it, and a loop that has stood still for a
+ * while is not to run what its callers gave up long ago. */
+static void peer_ended_unread(struct mprpc_loop *l, struct connection *c)
+{
+    if (c->session.in_flight)
+        destroy(l, c, 0);
+    else
+        end(l, c);
+}
+
 static void drained(struct mprpc_loop *l, struct connection *c, ssize_t n)
 {
     c->discarded += (uint64_t)n;
@@ -1437,6 +1452,8 @@ static void serve(struct mprpc_loop *l, const struct ready *r)
     } else if ((c = connection_at(l, r->key))) {
         if (r->events & OUT && c->out.size > c->sent)
             writable(l, c);
+        if (r->events & ENDED && connection_at(l, r->key) == c && c->session.dialect == MPRPC_FRAMED && !c->ended)
+            peer_ended_unread(l, c);
         if (r->events & IN && connection_at(l, r->key) == c && !c->waiting && !c->peer_end && !crowded(l))
             readable(l, c);
         else if (connection_at(l, r->key) == c && c->peer_end && !(r->events & OUT))

@@ -1257,3 +1257,43 @@ def test_connections_refused_after_stop() -> None:
 def test_config_is_the_providers_own() -> None:
     with pytest.raises(ConfigError):
         RpcProvider(MprpcConfig(loops=0))
+
+
+STANDING = """
+import sys, services
+served = 0
+def login(request, controller):
+    global served
+    served += 1
+    return services.LoginResponse(result=services.user_pb2.ResultCode(errcode=served))
+with services.serving(login) as provider:
+    print(provider.address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["closed", "half-closed"])
+def test_what_a_peer_sent_that_has_gone_is_not_run(closes: bool) -> None:
+    """A provider that had stood still for a while ran all that its sockets had kept, though nobody waited any more."""
+    process = services.start_python(STANDING)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with wire.connect(address) as peer:
+            peer.send(wire.login(1))
+            peer.frame()
+            process.send_signal(signal.SIGSTOP)
+            peer.send(b"".join(wire.login(i) for i in range(2, 200)))
+            if closes:
+                peer.close()
+            else:
+                peer.finish()
+            process.send_signal(signal.SIGCONT)
+            if not closes:
+                assert peer.rest() == b""
+        with wire.connect(address) as peer:
+            peer.send(wire.login(1))
+            assert LoginResponse.FromString(peer.frame()[1]).result.errcode == 2
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=wire.PATIENCE)
