@@ -38,7 +38,7 @@ from mprpc.errors import (
     Unimplemented,
 )
 from mprpc.provider import RpcProvider
-from mprpc.service import Reply, Service, blocking
+from mprpc.service import Reply, Service, adaptive_limit, blocking
 from mprpc.unary_call import UnaryCall
 
 if TYPE_CHECKING:  # not in __all__: `from mprpc import *` must not import asyncio
@@ -71,6 +71,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "adaptive_limit",
     "blocking",
     "inherit",
     "init",

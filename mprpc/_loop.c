@@ -37,6 +37,7 @@ enum {
     PROGRESS_MIN = 16384,    /* bytes of a frame that count as progress: a byte now and then does not */
     CLASSIC_READ = 1024,     /* what the C++ consumer's only recv takes */
     LINGER_BYTES = 64 << 20, /* discarded from a peer that goes on sending to a connection that has ended */
+    REFUSE_ROUNDS = 16,      /* looks at the queue in one turn while a gate refuses */
     SWEEP = 1024,            /* connections looked at for idleness at once */
     LARGE = 65536,           /* a payload from here is sent from where it lies, without a copy through the scratch */
 };
@@ -45,7 +46,7 @@ static const uint64_t LINGER_STOP = UINT64_C(200000000); /* the same when the wh
 static const uint64_t YIELD = UINT64_C(2000000);         /* ns for which a connection is left to who has fewer */
 static const uint64_t FOREVER = UINT64_MAX;
 
-enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, UNAVAILABLE = 14 };
+enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, RESOURCE_EXHAUSTED = 8, UNAVAILABLE = 14 };
 
 /* ---- poller: epoll, or poll(2) with the keys beside ---- */
 
@@ -176,7 +177,7 @@ struct list {
 };
 
 struct request {
-    uint64_t connection, call_id, deadline;
+    uint64_t connection, call_id, deadline, received;
     const uint8_t *large;
     uint32_t attempt;
     uint8_t open; /* not yet answered or detached */
@@ -246,6 +247,10 @@ struct mprpc_loop {
     uint64_t accepted, taken, broken, in_flight; /* written by whoever turns the loop, read by any */
     uint64_t began;                              /* the handler that runs, or would be next */
     struct mprpc_tally *tallies;                 /* of each method */
+    struct mprpc_gate *gates;                    /* NULL: everything is let in */
+    uint8_t *gate_of;                            /* each method's, or MPRPC_NO_GATE */
+    uint64_t adapt_at, adapt_period;             /* when to let limits follow */
+    int refusing;                                /* a gate has refused something in this turn */
 };
 
 enum { KEY_WAKE = UINT32_MAX, KEY_LISTENER = UINT32_MAX - 1, KEY_SHARED = UINT32_MAX - 2 };
@@ -599,6 +604,21 @@ static struct mprpc_tally *tally(struct mprpc_loop *l, size_t i)
     return &l->tallies[l->records[i].method];
 }
 
+static struct mprpc_gate *gate(const struct mprpc_loop *l, uint32_t method)
+{
+    return l->gates && l->gate_of[method] != MPRPC_NO_GATE ? &l->gates[l->gate_of[method]] : NULL;
+}
+
+/* What is due when one of this turn's requests has its answer. ran: its time counts. */
+static void over(struct mprpc_loop *l, size_t i, int32_t status, int ran)
+{
+    struct mprpc_gate *g = gate(l, l->records[i].method);
+
+    mprpc_tally_end(tally(l, i), status);
+    if (g)
+        mprpc_gate_leave(g, ran ? clock_ns() - l->requests[i].received : 0);
+}
+
 void mprpc_loop_reply(struct mprpc_loop *l, uint32_t i, const uint8_t *payload, size_t size)
 {
     struct request *q = still_open(l, i);
@@ -607,7 +627,7 @@ void mprpc_loop_reply(struct mprpc_loop *l, uint32_t i, const uint8_t *payload, 
     if (!q)
         return;
     r.call_id = q->call_id;
-    mprpc_tally_end(tally(l, i), 0);
+    over(l, i, 0, 1);
     mprpc_tally_took(tally(l, i), clock_ns() - l->began);
     answer(l, q->connection, &r, payload, size);
 }
@@ -622,7 +642,7 @@ void mprpc_loop_fail(struct mprpc_loop *l, uint32_t i, int32_t status, int not_r
     if (!q)
         return;
     r.call_id = q->call_id;
-    mprpc_tally_end(tally(l, i), status);
+    over(l, i, status, !not_run);
     if (!not_run)
         mprpc_tally_took(tally(l, i), clock_ns() - l->began);
     answer(l, q->connection, &r, NULL, 0);
@@ -674,7 +694,7 @@ static void flush(struct mprpc_loop *l, const uint8_t *replies, size_t size, con
             if (!l->requests[i].open)
                 continue;
             l->requests[i].open = 0;
-            mprpc_tally_end(tally(l, i), 0);
+            over(l, i, 0, 1);
             if (!c || c->ended)
                 continue;
             if (c->session.dialect == MPRPC_CLASSIC || sizes[i] >= LARGE ||
@@ -719,6 +739,18 @@ static void expired_at_once(struct mprpc_loop *l, struct connection *c, uint64_t
     answer(l, key_of(c), &r, NULL, 0);
 }
 
+/* Too many of its kind are under way: answered at once, in C, before it costs anything. */
+static void turned_away(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
+{
+    static const char text[] = "the provider is overloaded";
+    struct mprpc_reply r = {.call_id = call_id, .status = RESOURCE_EXHAUSTED, .not_run = 1,
+                            .text = (const uint8_t *)text, .text_size = sizeof text - 1};
+
+    l->refusing = 1;
+    note(l, MPRPC_OVERLOADED);
+    answer(l, key_of(c), &r, NULL, 0);
+}
+
 /* A request of this turn is taken out before Python sees it; one that runs on the loop's thread is past by now, so what
  * is left may be a detached one. */
 static void cancel(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
@@ -733,7 +765,7 @@ static void cancel(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
             cancelled(l, key, call_id);
         return;
     }
-    mprpc_tally_end(tally(l, i), CANCELLED);
+    over(l, i, CANCELLED, 0);
     l->count--;
     memmove(&l->requests[i], &l->requests[i + 1], (l->count - i) * sizeof *l->requests);
     memmove(&l->records[i], &l->records[i + 1], (l->count - i) * sizeof *l->records);
@@ -742,7 +774,7 @@ static void cancel(struct mprpc_loop *l, struct connection *c, uint64_t call_id)
 }
 
 /* Turns the session's events into requests of this turn. own: the bytes are not the arena's. */
-static void take(struct mprpc_loop *l, struct connection *c, size_t count, int own)
+static void take(struct mprpc_loop *l, struct connection *c, size_t count, uint64_t received, int own)
 {
     uint64_t key = key_of(c);
 
@@ -767,11 +799,19 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, int o
                 return;
             continue;
         }
+        struct mprpc_gate *g = gate(l, e->method);
+        if (g && !mprpc_gate_enter(g)) {
+            mprpc_tally_end(&l->tallies[e->method], RESOURCE_EXHAUSTED);
+            turned_away(l, c, e->frame.call_id);
+            if (connection_at(l, key) != c)
+                return;
+            continue;
+        }
         uint32_t at = own ? 0 : (uint32_t)(e->frame.payload - l->arena);
         if (own)
             l->slow = MPRPC_TURN_SLOW;
-        l->requests[l->count] = (struct request){key, e->frame.call_id, e->deadline, own ? e->frame.payload : NULL,
-                                                 e->frame.attempt, 1};
+        l->requests[l->count] = (struct request){key, e->frame.call_id, e->deadline, received,
+                                                 own ? e->frame.payload : NULL, e->frame.attempt, 1};
         l->records[l->count++] = (struct mprpc_record){e->method, at, e->frame.payload_size};
     }
 }
@@ -833,7 +873,7 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
     }
     if (own && count)
         l->held[l->held_count++] = whole.at;
-    take(l, c, count, own);
+    take(l, c, count, received, own);
     if (connection_at(l, key) == c && out.size)
         put(l, c, out.at, out.size, NULL, 0);
     mprpc_bytes_free(&out);
@@ -1360,6 +1400,9 @@ static void perform(struct mprpc_loop *l, struct task *t)
         if (t->ticket.began) {
             mprpc_tally_end(&l->tallies[t->ticket.method], t->status);
             mprpc_tally_took(&l->tallies[t->ticket.method], l->now - t->ticket.began);
+            struct mprpc_gate *g = gate(l, t->ticket.method);
+            if (g)
+                mprpc_gate_leave(g, t->not_run ? 0 : l->now - t->ticket.received);
         }
         answer(l, t->ticket.connection, &r, t->bytes + t->text_size + t->details_size, t->size);
     }
@@ -1477,6 +1520,7 @@ static void begin(struct mprpc_loop *l)
     if (l->scratch.room > ARENA)
         mprpc_bytes_free(&l->scratch);
     l->count = 0;
+    l->refusing = 0;
     l->slow = l->incident_count || l->cancelled.size ? MPRPC_TURN_SLOW : 0;
 }
 
@@ -1509,7 +1553,7 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
     l->now = l->began > l->now ? l->began : clock_ns(); /* the last handler has ended right now */
     flush(l, replies, size, sizes, count);
     begin(l);
-    while (l->slow || !stopped(l)) {
+    for (int rounds = 0; l->slow || !stopped(l); rounds++) {
         int n = poller_wait(&l->poller, ready, patience(l));
         l->now = clock_ns();
         if (n < 0)
@@ -1519,6 +1563,14 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
             serve(l, &ready[i]);
         timers(l);
         l->began = l->now;
+        if (l->refusing && l->queued && !l->slow && !crowded(l) && rounds < REFUSE_ROUNDS) {
+            l->refusing = 0; /* what waits behind would be refused as well: not a turn later */
+            continue;
+        }
+        if (l->gates && l->now >= l->adapt_at) {
+            l->adapt_at = l->now + l->adapt_period;
+            l->slow = MPRPC_TURN_SLOW;
+        }
         if (l->count || l->slow)
             return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
         release(l); /* all that came has been answered */
@@ -1580,7 +1632,7 @@ void mprpc_loop_detach(struct mprpc_loop *l, uint32_t i, struct mprpc_ticket *ti
 {
     struct request *q = still_open(l, i);
 
-    *ticket = q ? (struct mprpc_ticket){q->connection, q->call_id, l->began, l->records[i].method}
+    *ticket = q ? (struct mprpc_ticket){q->connection, q->call_id, l->began, q->received, l->records[i].method}
                 : (struct mprpc_ticket){.connection = UINT64_MAX};
 }
 
@@ -1604,6 +1656,31 @@ size_t mprpc_loop_incidents(struct mprpc_loop *l, struct mprpc_incident *to, uin
     l->incident_count = 0;
     l->incidents_lost = 0;
     return n;
+}
+
+int mprpc_loop_gates(struct mprpc_loop *l, const uint8_t *gates, size_t methods, size_t count, uint32_t limit,
+                     uint64_t period)
+{
+    l->gate_of = malloc(methods + 1);
+    l->gates = l->gate_of ? calloc(count, sizeof *l->gates) : NULL;
+    if (!l->gates)
+        return -1;
+    memcpy(l->gate_of, gates, methods);
+    for (size_t i = 0; i < count; i++)
+        l->gates[i].limit = limit;
+    l->adapt_period = period;
+    return 0;
+}
+
+void mprpc_loop_window(struct mprpc_loop *l, size_t i, struct mprpc_window *to)
+{
+    *to = l->gates[i].window;
+    l->gates[i].window = (struct mprpc_window){.peak = l->gates[i].under_way};
+}
+
+void mprpc_loop_admit(struct mprpc_loop *l, size_t i, uint32_t limit)
+{
+    l->gates[i].limit = limit;
 }
 
 void mprpc_loop_counts(struct mprpc_loop *l, uint64_t *to)
@@ -1729,6 +1806,8 @@ void mprpc_loop_free(struct mprpc_loop *l)
     free(l->loops);
     free(l->arena);
     free(l->tallies);
+    free(l->gates);
+    free(l->gate_of);
     mprpc_bytes_free(&l->scratch);
     mprpc_bytes_free(&l->cancelled);
     pthread_mutex_destroy(&l->mutex);

@@ -5,6 +5,7 @@
 
 #include "_session.h"
 #include "_tally.h"
+#include "_gate.h"
 #include "_wire.h"
 
 enum {
@@ -49,12 +50,14 @@ enum mprpc_trouble {
     MPRPC_SLOW_READER = -50,   /* output_max bytes waited for a peer, which was no longer read from */
     MPRPC_IDLE = -51,          /* a connection without a call for idle_timeout was ended */
     MPRPC_EXPIRED = -52,       /* a request's deadline passed before it ran */
+    MPRPC_OVERLOADED = -53,    /* a request was refused at a gate */
 };
 
 /* Outlives its turn: whom to answer later. */
 struct mprpc_ticket {
     uint64_t connection, call_id;
     uint64_t began; /* its handler, for the statistics */
+    uint64_t received; /* for its method's gate */
     uint32_t method;
 };
 
@@ -128,6 +131,15 @@ int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
  * `settle` ns, or when `grace` ns have passed, the connections end and the turn returns MPRPC_TURN_STOPPED. Again, with
  * less grace: sooner. */
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
+/* Before the first turn: gates[method] is the number of its gate, MPRPC_NO_GATE for none; there are count of them, each of
+ * which lets `limit` requests in at first. 0, or -1 without memory. A turn shows news (MPRPC_TURN_SLOW) at least every
+ * `period` ns while there are requests, so that limits follow. */
+enum { MPRPC_NO_GATE = 255 };
+int mprpc_loop_gates(struct mprpc_loop *loop, const uint8_t *gates, size_t methods, size_t count, uint32_t limit,
+                     uint64_t period);
+/* Loop thread only. What went through since the last call; then what may. */
+void mprpc_loop_window(struct mprpc_loop *loop, size_t gate, struct mprpc_window *to);
+void mprpc_loop_admit(struct mprpc_loop *loop, size_t gate, uint32_t limit);
 /* Any thread. How often what happened, by reason's negative: MPRPC_REASONS numbers. */
 void mprpc_loop_counts(struct mprpc_loop *loop, uint64_t *to);
 /* Any thread. */

@@ -95,6 +95,7 @@ int mprpc_session_forget(struct mprpc_session *s, uint64_t call_id);
 #define MPRPC_SLOW_READER ...
 #define MPRPC_IDLE ...
 #define MPRPC_EXPIRED ...
+#define MPRPC_OVERLOADED ...
 #define MPRPC_TURN_SLOW ...
 #define MPRPC_TURN_COUNT ...
 #define MPRPC_TURN_SHIFT ...
@@ -105,6 +106,8 @@ struct mprpc_limits {
 };
 struct mprpc_record { uint32_t method, offset, size; };
 struct mprpc_incident { int64_t reason; char peer[...]; ...; };
+struct mprpc_window { uint64_t samples, nanoseconds, refused; uint32_t peak; ...; };
+#define MPRPC_NO_GATE ...
 struct mprpc_ticket { uint64_t connection, call_id; ...; };
 struct mprpc_loop_statistics { uint64_t connections, accepted, requests, broken, in_flight; };
 #define MPRPC_TALLY_LEAST ...
@@ -143,6 +146,10 @@ int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket
 struct mprpc_wire;
 int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);
+int mprpc_loop_gates(struct mprpc_loop *loop, const uint8_t *gates, size_t methods, size_t count, uint32_t limit,
+                     uint64_t period);
+void mprpc_loop_window(struct mprpc_loop *loop, size_t gate, struct mprpc_window *to);
+void mprpc_loop_admit(struct mprpc_loop *loop, size_t gate, uint32_t limit);
 void mprpc_loop_counts(struct mprpc_loop *loop, uint64_t *to);
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
 
@@ -254,7 +261,7 @@ ffibuilder.set_source(
     "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"mprpc/{source}" for source in (*SOURCES, *FAST)],
     include_dirs=["mprpc"],
-    depends=[f"mprpc/{header}" for header in (*HEADERS, "_link.h", "_fast.h", "_fork.h")],
+    depends=[f"mprpc/{header}" for header in (*HEADERS, "_gate.h", "_link.h", "_fast.h", "_fork.h")],
     extra_compile_args=["-O2", "-pthread"],
     extra_link_args=["-pthread"],
 )

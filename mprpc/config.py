@@ -426,6 +426,7 @@ class MprpcConfig(_Checked):
     drain_timeout: float = _key(5.0, _Number(0, 86400), "seconds that calls in flight get at the provider's end")
     max_payload: int = _key(64 << 20, _Size(1, 2**31 - 1), "bytes of a message (k, M, G allowed)")
     max_connections: int = _key(10000, _Whole(1, 1_000_000), "connections of a provider; one more is reset")
+    adaptive_limit: bool = _key(False, _Switch(), "a provider refuses calls that would only make all wait longer")
     max_in_flight: int = _key(10000, _Whole(1, 1_000_000), "calls in flight on one connection of a provider; more fail")
     max_input: int = _key(1 << 30, _Size(1 << 20, 2**40), "bytes of unfinished requests that a provider holds")
     max_output: int = _key(1 << 20, _Size(1, 2**31 - 1), "bytes that wait for a slow reader before it isn't read from")

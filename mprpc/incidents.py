@@ -41,6 +41,7 @@ _LOOP = _FRAMES | {
     "busy": lib.MPRPC_BUSY,  # over max_in_flight: refused
     "leaving": lib.MPRPC_LEAVING,  # a request behind GOAWAY: refused
     "expired": lib.MPRPC_EXPIRED,  # its deadline passed before it ran
+    "overloaded": lib.MPRPC_OVERLOADED,  # over the adaptive limit: refused
     "stalled": lib.MPRPC_STALLED,  # a frame made no progress within frame_timeout
     "crowded": lib.MPRPC_CROWDED,  # a connection over max_connections: reset
     "no_descriptor": lib.MPRPC_NO_DESCRIPTOR,

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
     from mprpc.coroutines import Coroutines
+    from mprpc.limiter import Limiter
     from mprpc.registry import Publication, Registry
     from mprpc.statistics import ProviderStatistics
     from mprpc.workers import Supervisor, Worker
@@ -496,6 +497,7 @@ class _Loop:
         if handle == ffi.NULL:
             raise ConfigError(f"no loop can be made: {os.strerror(ffi.errno)}")
         self.handle = ffi.gc(handle, lib.mprpc_loop_free)
+        self._limiters = _limiters(handle, entries, config.adaptive_limit)
         self._detached: dict[tuple[int, int], _ServerController] = {}
         self._coroutines = coroutines
         self._queue_job = queue
@@ -525,6 +527,8 @@ class _Loop:
     def _notice(self) -> None:
         self._log_incidents()
         self._cancel_calls()
+        if self._limiters:
+            self._adapt()
 
     def _raised(self, i: int, entry: MethodEntry, error: BaseException, parsing: bool) -> None:
         self._fail(i, _error_of(entry, error, parsing=parsing))
@@ -661,6 +665,18 @@ class _Loop:
                     if controller is not None:
                         controller._cancel()
 
+    def _adapt(self) -> None:
+        """Lets the limits follow what their gates have let through."""
+        from mprpc.limiter import Window
+
+        window, now = ffi.new("struct mprpc_window *"), time.monotonic()
+        for gate, limiter in enumerate(self._limiters):
+            lib.mprpc_loop_window(self.handle, gate, window)
+            samples = window.samples
+            latency = window.nanoseconds / samples / _NS if samples else 0.0
+            limit = limiter.update(now, Window(samples, latency, window.refused, window.peak))
+            lib.mprpc_loop_admit(self.handle, gate, limit)
+
     def _log_incidents(self) -> None:
         incidents, more = ffi.new("struct mprpc_incident[]", lib.MPRPC_INCIDENTS_MAX), ffi.new("uint64_t *")
         for incident in incidents[0 : lib.mprpc_loop_incidents(self.handle, incidents, more)]:
@@ -768,6 +784,22 @@ class _Lines:
         if self._skipped:
             _log.warning("%d more lines like these were left out", self._skipped)
         self._second, self._count, self._skipped = second, 0, 0
+
+
+def _limiters(handle: Any, entries: list[MethodEntry], all_methods: bool) -> list[Limiter]:
+    """The limiters of a loop, and its gates: one for each method that is declared so, one for all others if wanted."""
+    own = [method for method, entry in enumerate(entries) if entry.limited]
+    if not own and not all_methods:
+        return []
+    from mprpc.limiter import FIRST, PERIOD, Limiter
+
+    del own[lib.MPRPC_NO_GATE - 1 :]  # what has no number is limited with the others
+    others = len(own) if all_methods or sum(entry.limited for entry in entries) > len(own) else lib.MPRPC_NO_GATE
+    gates = bytes(own.index(method) if method in own else others for method in range(len(entries)))
+    count = len(own) + (others != lib.MPRPC_NO_GATE)
+    if lib.mprpc_loop_gates(handle, gates, len(gates), count, FIRST, int(PERIOD * _NS)) < 0:
+        raise ConfigError("no memory for the limits of the provider's methods")
+    return [Limiter(time.monotonic()) for _ in range(count)]
 
 
 _TROUBLES = {

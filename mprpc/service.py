@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mprpc.controller import MprpcController
 
-__all__ = ["Handler", "MethodEntry", "Reply", "Service", "attribute_of", "blocking", "methods_of"]
+__all__ = ["Handler", "MethodEntry", "Reply", "Service", "adaptive_limit", "attribute_of", "blocking", "methods_of"]
 
 _log = logging.getLogger("mprpc.service")
 
@@ -61,6 +61,19 @@ def blocking(handler: H) -> H:
     return handler
 
 
+def adaptive_limit(handler: H) -> H:
+    """Gives a method a limit of its own for calls under way at once, which follows their latency.
+
+        @mprpc.adaptive_limit
+        def Login(self, request, controller): …
+
+    A call over it fails at once with RESOURCE_EXHAUSTED, not_run. The key `adaptive_limit` gives one to all others
+    together. Any thread.
+    """
+    handler.mprpc_adaptive_limit = True  # type: ignore[attr-defined]
+    return handler
+
+
 class Service:
     """Base of the generated classes: subclass a generated one, write its methods, publish an instance.
 
@@ -81,7 +94,7 @@ class MethodEntry(NamedTuple):
 
     `service` is the full name (`fixbug.UserServiceRpc`), `short_service` the seed's (`UserServiceRpc`). `handler` takes
     the request and the controller, returns a `Reply` and may raise anything; after it, also when a Future that it
-    returned is resolved, the controller may say that the call failed. `blocking`: it is declared so.
+    returned is resolved, the controller may say that the call failed. `blocking`, `limited`: it is declared so.
     """
 
     service: str
@@ -92,6 +105,7 @@ class MethodEntry(NamedTuple):
     response_class: type[Message]
     handler: Handler
     blocking: bool
+    limited: bool
 
 
 def methods_of(service: object) -> list[MethodEntry]:
@@ -112,6 +126,7 @@ def methods_of(service: object) -> list[MethodEntry]:
             GetMessageClass(method.output_type),
             find_handler(service, method),
             bool(getattr(_attribute(service, method), "mprpc_blocking", False)),
+            bool(getattr(_attribute(service, method), "mprpc_adaptive_limit", False)),
         )
         for method in map(_unary, descriptor.methods)
     ]

@@ -40,6 +40,7 @@ LAYERS = [
         "subchannel",
         "target",
         "crew",
+        "limiter",
         "provider",
         "channel",
         "unary_call",
@@ -56,7 +57,7 @@ ALONE = {"embedded_zookeeper", "plugin"}
 MAY_EMBED = {"provider", "workers", "testing", "__main__"}
 
 # The deciders work on events and time that they are given.
-DECIDERS = {"balancer", "outliers", "reconciler", "registrar", "directory", "desk", "layout", "retry"}
+DECIDERS = {"balancer", "limiter", "outliers", "reconciler", "registrar", "directory", "desk", "layout", "retry"}
 SHELLS = {"socket", "threading", "time", "select", "kazoo", "random", "selectors", "asyncio", "queue"}
 
 # What each C unit may include, beside its own header. Loop and channel are siblings.
@@ -64,10 +65,11 @@ CHANNEL = {"_codec", "_session", "_fork", "_wire", "_load", "_link", "_channel",
 BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_codec": set(),
     "_tally": set(),
+    "_gate": set(),
     "_session": {"_codec"},
     "_fork": set(),
     "_wire": {"_codec", "_session", "_fork"},
-    "_loop": {"_codec", "_session", "_fork", "_wire", "_tally"},
+    "_loop": {"_codec", "_session", "_fork", "_wire", "_tally", "_gate"},
     "_crew": {"_fork"},
     "_load": set(),
 }
