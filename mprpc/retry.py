@@ -123,9 +123,10 @@ class Attempts(Generic[E]):
         return self.endpoint
 
     def hedge(self, endpoint: E) -> Attempts[E]:
-        """Those of the same call's hedge, which begins elsewhere than there."""
+        """Those of the same call's hedge, which begins elsewhere than there. From now on the call may have run."""
         other: Attempts[E] = Attempts(self._policy, self._budget, self.deadline, self._chance, settled=True)
-        other.number = self.number + 1
+        self.number += 1
+        other.number = self.number
         other._tried = [endpoint]
         return other
 

@@ -251,10 +251,21 @@ def test_a_hedge_begins_elsewhere_and_is_not_retried() -> None:
     first = attempts(IDEMPOTENT)
     assert first.next("abc") == "a"
     second = first.hedge("a")
-    assert (second.next("abc"), second.number, first.number) == ("b", 1, 0)
+    assert (second.next("abc"), second.number) == ("b", 1)
     assert second.after(UNSENT, "b", "abc", 0) == 0
     assert second.next("abc") == "c"
     assert second.after(BROKEN, "c", "abc", 0) is None
+
+
+def test_what_was_hedged_may_have_run() -> None:
+    """A first request that was refused said that it had not run, whatever had become of the hedge."""
+    first = attempts(IDEMPOTENT)
+    assert first.next("ab") == "a"
+    first.hedge("a")
+    first.after(UNSENT, "a", "ab", 0)
+    assert first.problem is not None
+    assert not first.problem.not_run
+    assert first.number == 1
 
 
 def hedging(delay: float | None, share: float = 0.05) -> Hedging:

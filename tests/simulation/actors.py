@@ -18,8 +18,9 @@ from mprpc.balancer import STRATEGIES
 from mprpc.config import MprpcConfig
 from mprpc.desk import Action, Replace, ReportDown, Show
 from mprpc.errors import DeadlineExceeded, RpcError, Status, Unavailable
+from mprpc.futures import PASSING
 from mprpc.pool import Pool, Pools
-from mprpc.retry import Attempts, Budget, Policy
+from mprpc.retry import P95, Attempts, Budget, Hedging, Policy
 from mprpc.subchannel import Subchannel
 from simulation.network import Timer, Wire
 from simulation.sessions import CANCEL, GOAWAY, PING, PONG, RESPONSE, Event, Session, Violation
@@ -35,6 +36,7 @@ DRAIN = 5.0  # and then for what is in flight
 ZOOKEEPER_LATENCY = (0.0005, 0.01)
 RECONNECT = (0.05, 0.6)
 POLICY = Policy(idempotent=False, retries=3, backoff=0.05, backoff_max=1.0, attempt_timeout=0.0)  # the keys' defaults
+HEDGE_SHARE = 0.1
 RETRY_SHARE, RETRY_RATE = 0.2, 1.0  # less a second than by default, so that the budget is felt
 CONFIG = MprpcConfig()
 _S = 1_000_000_000
@@ -315,10 +317,23 @@ class Call:
         self.call_id = 0
         self.sent_at = 0
         self.sent = self.retries = 0  # how often; retries are those that cost something
-        self.may_have_run = False
         self.hurry: Timer | None = None
+        self.hedge: Hedge | None = None  # its second request, while that is under way
+        self.held: RpcError | None = None  # what it ends with unless that is answered
         self.outcome: RpcError | int | None = None  # an error, or who answered
         self.timer = client.run.clock.at(self.deadline, lambda: client.give_up(self))
+
+
+class Hedge(Call):
+    """A call's second request, whose answer ends the call."""
+
+    def __init__(self, first: Call) -> None:
+        client, now = first.client, first.client.run.clock.now
+        super().__init__(first.number, client, first.idempotent, first.deadline - now)
+        self.first = first
+        endpoint = first.attempts.endpoint
+        assert endpoint is not None
+        self.attempts = first.attempts.hedge(endpoint)
 
 
 class Link:
@@ -533,6 +548,9 @@ class Client:
         self.waiting: list[Call] = []  # for a list
         self.budget = Budget(RETRY_SHARE, RETRY_RATE, contextlib.nullcontext())
         self.hurry = 0.0 if run.gentle else run.clock.dice.choice((0.0, 0.3))  # seconds of an attempt
+        hedged = None if run.gentle else run.clock.dice.choice((None, 0.05, P95))
+        self.policy = POLICY._replace(idempotent=True, hedge_delay=hedged, hedge_share=HEDGE_SHARE)
+        self.hedging = Hedging(self.policy, contextlib.nullcontext())
         self.remotes: dict[str, Remote] = {}
         self.links: list[Link] = []  # all that there have been
         self._pools = Pools(CONFIG, run.clock.dice.choice(STRATEGIES), None)
@@ -569,7 +587,20 @@ class Client:
     def start(self, call: Call) -> None:
         self.budget.called()
         self.run.called(self)
+        if call.idempotent and self.policy.hedges:
+            delay = self.hedging.delay()
+            if delay is not None:
+                self.run.clock.later(delay / _S, lambda: self._hedge(call))
         self.attempt(call)
+
+    def _hedge(self, call: Call) -> None:
+        slow, known = call.attempts.endpoint, self.pool().known
+        if call.outcome is not None or slow is None or all(each is slow for each in known):
+            return
+        if self.hedging.take(_ns(self.run.clock.now)):
+            self.run.hedged(self)
+            call.hedge = Hedge(call)
+            self.attempt(call.hedge)
 
     def attempt(self, call: Call) -> None:
         """The next attempt, unless the call has ended meanwhile."""
@@ -606,7 +637,7 @@ class Client:
         if call.outcome is not None:
             self.run.violate(f"call {call.number} failed after its end")
             return
-        self._leave(call, _FAULT.get(error.status, lib.MPRPC_LOAD_OK), may_have_run=not error.not_run)
+        self._leave(call, _FAULT.get(error.status, lib.MPRPC_LOAD_OK))
         known: Any = self.pool().known
         pause = call.attempts.after(error, remote, known, _ns(self.run.clock.now), old=call.old)
         if pause is None:
@@ -621,21 +652,27 @@ class Client:
             self.attempt(call)
 
     def give_up(self, call: Call) -> None:
+        sent = bool(call.call_id)
         if call.link is not None:
-            sent = bool(call.call_id)
-            call.link.forget(call)
             call.link.remote.silent(int(sent))
-            self._leave(call, lib.MPRPC_LOAD_FAILED, may_have_run=sent)
+        self._drop(call, lib.MPRPC_LOAD_FAILED)
+        not_run = not sent and call.attempts.number == 0
+        self.complete(call, DeadlineExceeded("no answer within the call's deadline", not_run=not_run))
+
+    def _drop(self, call: Call, verdict: int) -> None:
+        """Nobody waits for its answer any more."""
+        call.timer.cancel()
+        if call.link is not None:
+            call.link.forget(call)
         elif call in self.waiting:
             self.waiting.remove(call)
-        self.complete(call, DeadlineExceeded("no answer within the call's deadline", not_run=not call.may_have_run))
+        self._leave(call, verdict)
 
-    def _leave(self, call: Call, verdict: int, *, may_have_run: bool) -> None:
+    def _leave(self, call: Call, verdict: int) -> None:
         """An attempt is over."""
         if call.link is not None and call.call_id:
             lib.mprpc_load_end(call.link.remote.measure, call.sent_at, _ns(self.run.clock.now), verdict)
         call.link, call.call_id = None, 0
-        call.may_have_run = call.may_have_run or may_have_run
         if call.hurry is not None:
             call.hurry.cancel()
 
@@ -644,7 +681,26 @@ class Client:
         if call.outcome is not None:
             self.run.violate(f"call {call.number} ended twice")
             return
-        self._leave(call, lib.MPRPC_LOAD_OK, may_have_run=False)
+        self._leave(call, lib.MPRPC_LOAD_OK)
+        passing = isinstance(outcome, PASSING)
+        if isinstance(call, Hedge):
+            call.outcome, first = outcome, call.first
+            first.hedge = None
+            if not passing:
+                self._drop(first, lib.MPRPC_LOAD_UNDECIDED)
+                self.complete(first, outcome)
+            elif first.held is not None:
+                self.complete(first, first.held)
+            return
+        if passing and call.hedge is not None:
+            assert isinstance(outcome, RpcError)
+            call.held = outcome
+            return
+        if call.hedge is not None:
+            self._drop(call.hedge, lib.MPRPC_LOAD_UNDECIDED)
+            call.hedge.outcome = outcome
+        else:
+            self.hedging.lasted(_ns(self.run.clock.now - call.began))
         call.outcome = outcome
         self.run.completed(call)
 

@@ -106,7 +106,8 @@ _give_up = actors.Client.give_up
 IN_PYTHON: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a call that may have run is made again": (retry.Attempts, "_may_repeat", _any),
     "a retry without a budget": (retry.Budget, "take", _any),
-    "an attempt under an earlier one's number": (retry.Attempts, "number", property(_zero, _never)),
+    "a retry that says it is the first": (retry.Attempts, "number", property(_zero, _never)),
+    "hedges for all": (retry.Hedging, "take", _any),
     "an endpoint that rests and is not probed": (Subchannel, "_probe_later", _never),
     "a deadline that is not kept": (actors.Client, "give_up", _give_up_some),
     "a new session that nobody registers in": (Registrar, "connected", _never),

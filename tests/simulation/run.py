@@ -17,7 +17,7 @@ import mprpc.timekeeper
 from discovery_simulator import World
 from mprpc._native import lib
 from mprpc.errors import RpcError, Status
-from simulation.actors import POLICY, RETRY_RATE, RETRY_SHARE, Accepted, Call, Client, Provider, Request
+from simulation.actors import HEDGE_SHARE, POLICY, RETRY_RATE, RETRY_SHARE, Accepted, Call, Client, Provider, Request
 from simulation.network import Clock, Host
 from simulation.sessions import Native
 
@@ -61,7 +61,8 @@ class Run:
         self.faults: Counter[str] = Counter()
         self.refusing: set[str] = set()
         self.debts: dict[Client, tuple[float, float]] = {}
-        self._attempts: set[tuple[int, int]] = set()  # that ran: the call, and the number on the wire
+        self._firsts: set[int] = set()  # calls that ran under the number of a first attempt
+        self.hedges: Counter[Client] = Counter()
         self._tokens = 0
         self._digest = hashlib.sha256()
         self.addresses = [f"10.0.0.{i + 1}:8000" for i in range(PROVIDERS)]
@@ -101,6 +102,13 @@ class Run:
         debt, when = self.debts.get(client, (0.0, self.clock.now))
         self.debts[client] = max(0.0, debt - RETRY_SHARE), when
 
+    def hedged(self, client: Client) -> None:
+        """A second request, within their share of all calls."""
+        self.hedges[client] += 1
+        calls = sum(call.client is client and call.idempotent for call in self.calls)
+        if self.hedges[client] > calls * HEDGE_SHARE:
+            self.violate(f"{self.hedges[client]} of {calls} calls are hedged")
+
     def goes_on(self, call: Call, error: RpcError) -> None:
         """Another attempt. One that costs the providers nothing is free; of the others no more than the budget."""
         if error.not_run and error.status is Status.UNAVAILABLE:
@@ -120,9 +128,10 @@ class Run:
         self.runners.setdefault(request.number, set()).add(provider.token)
         if self.ran[request.number] > 1 and not call.idempotent:
             self.violate(f"call {request.number}, which is not idempotent, ran twice")
-        if (request.number, request.attempt) in self._attempts:
-            self.violate(f"call {request.number} runs again under the number of another attempt")
-        self._attempts.add((request.number, request.attempt))
+        if request.attempt == 0 and request.number in self._firsts:
+            self.violate(f"call {request.number} runs again, and says that it is the first time")
+        if request.attempt == 0:
+            self._firsts.add(request.number)
         if isinstance(call.outcome, RpcError) and call.outcome.not_run:
             self.violate(f"call {request.number} ran after it was said not to have")
 
