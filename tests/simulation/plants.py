@@ -38,8 +38,8 @@ IN_C = {
         "    else if (dialect == MPRPC_FRAMED && f->call_id <= s->last_id)",
     ),
     "a late answer that is let through": (
-        "if (!mprpc_session_forget(s, f->call_id)) {",
-        "if (!mprpc_session_forget(s, f->call_id) && !PLANTED) {",
+        "if (!mprpc_session_forget(s, f->call_id))",
+        "if (!mprpc_session_forget(s, f->call_id) && !PLANTED)",
     ),
     "an answer for another call's tag": (
         "    e->tag = s->tags[f->call_id & (s->ring - 1)];",
