@@ -483,7 +483,7 @@ class UnaryCall(_Call, Generic[Request, Response]):
 
 def policy_of(config: MprpcConfig, method: MethodDescriptor) -> Policy:
     return Policy(
-        method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN,
+        method.has_options and method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN,  # it imports more
         config.retries,
         config.retry_backoff,
         config.retry_backoff_max,

@@ -104,6 +104,24 @@ class Mprpc(Client):
         self.close = channel.close
 
 
+class Providers(Client):
+    """Ours with a list of so many providers, all connected: addresses of 127.0.0.0/8, at which one server listens."""
+
+    def __init__(self, count: int, port: int) -> None:
+        import user_pb2
+        from mprpc.testing import FakeRegistry
+        from user_mprpc import UserServiceRpc_Stub
+
+        addresses = [f"127.0.{1 + i // 250}.{1 + i % 250}:{port}" for i in range(count)]
+        channel = FakeRegistry({"fixbug.UserServiceRpc": addresses}).channel()
+        users = UserServiceRpc_Stub(channel)
+        until = time.monotonic_ns() + 60 * 10**9
+        for endpoint in users.Login._target.all(until):
+            endpoint.connect(until)
+        self.login = lambda: users.Login(user_pb2.LoginRequest(name=NAME, pwd=PWD))
+        self.close = channel.close
+
+
 class Grpcio(Client):
     def __init__(self, port: int) -> None:
         import grpc
@@ -194,6 +212,7 @@ CLIENTS: dict[str, Callable[[int], Client]] = {
     "grpcio": Grpcio,
     "grpcio_aio": GrpcioAio,
     "thriftpy2": Thriftpy2,
+    **{f"providers_{count}": partial(Providers, count) for count in (1, 1000)},
 }
 
 

@@ -7,13 +7,16 @@ for each round.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from machinery import Caller, Load, Server, load
+import stubs
+from machinery import Caller, Load, Process, Server, free_port, load
 
 MICRO = 1e6
 MEBIBYTE = 1 << 20
@@ -206,6 +209,19 @@ def slow(bench: Bench) -> None:
             bench.add("slow", name, p50=told["p50"] / 1000, p99=told["p99"] / 1000)
 
 
+def first(bench: Bench) -> None:
+    """The first call of a fresh process, ms: the list from ZooKeeper, a connection, the call."""
+    zookeeper = free_port()
+    systems = bench.systems("mprpc")
+    with servers(systems, zookeeper=zookeeper):
+        for system in bench.interleave(systems):
+            for name, more in {"alone": [], "kazoo": ["kazoo"]}.items():
+                command = [sys.executable, str(stubs.HERE / "first.py"), str(zookeeper), *more]
+                with Process(command, 1, stdout=subprocess.PIPE) as process:
+                    told = process.read()
+                bench.add("first", system, **{f"first_{name}": told["took"], f"first_{name}_cpu": told["cpu"]})
+
+
 def scaling(bench: Bench) -> None:
     """p50 of one connection on one core as connections, methods and loops grow; all of it ours."""
     with ExitStack() as stack:
@@ -221,6 +237,9 @@ def scaling(bench: Bench) -> None:
             server = stack.enter_context(Server("mprpc"))
             stack.enter_context(resting(server, count))
             calling[f"connections_{count}"] = stack.enter_context(Caller("mprpc", server.port, 0))
+        server = stack.enter_context(Server("mprpc", host="0.0.0.0"))
+        for name in ("providers_1", "providers_1000"):
+            calling[name] = stack.enter_context(Caller(name, server.port, 0))
         for name in bench.interleave(list(calling)):
             told = calling[name].tell("latency", bench.count(3000))
             bench.add("scaling", name, p50=told["p50"] / 1000)
@@ -239,5 +258,6 @@ MODES: dict[str, Callable[[Bench], None]] = {
     "threads": threads,
     "slow": slow,
     "scaling": scaling,
+    "first": first,
 }
 QUICK = ("latency_one_core", "latency_two_cores", "capacity", "pipelined")

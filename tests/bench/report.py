@@ -33,6 +33,10 @@ UNITS = {
     "resting_cpu": "CPU µs in a second",
     "server_copies": "server's copies",
     "client_copies": "client's copies",
+    "first_alone": "first call ms",
+    "first_alone_cpu": "its CPU ms",
+    "first_kazoo": "with kazoo imported ms",
+    "first_kazoo_cpu": "its CPU ms",
 }
 
 
@@ -95,6 +99,9 @@ TARGETS = [
         Target("scaling", "p50", name, "1", at_most=1.15)
         for name in ("connections_100", "connections_1000", "connections_10000", "methods_1000", "loops_2", "loops_4")
     ),
+    Target("scaling", "p50", "providers_1000", "providers_1", at_most=1.15),
+    Target("first", "first_kazoo", "mprpc", "", at_most=30),
+    Target("first", "first_alone", "mprpc", "", at_most=70),
 ]
 
 

@@ -52,11 +52,18 @@ def mprpc(options: argparse.Namespace) -> None:
             time.sleep(request.milliseconds / 1000)
             return request
 
+    zookeeper: dict[str, Any] = {
+        "zookeeperip": "127.0.0.1",
+        "zookeeperport": options.zookeeper,
+        "zookeeper": "embedded",
+    }
     provider = RpcProvider(
         MprpcConfig(
+            rpcserverip=options.host,
             rpcserverport=options.port,
             loops=options.loops,
             max_connections=20000,
+            **(zookeeper if options.zookeeper else {}),
         )
     )
     provider.notify_service(Users())
@@ -181,6 +188,8 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("--loops", type=int, default=1)
     parser.add_argument("--services", type=int, default=0, help="services beside those that are called")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen")
+    parser.add_argument("--zookeeper", type=int, help="register there, with a ZooKeeper embedded")
     parser.add_argument("--busy", type=float, help="with a thread that computes, at that switch interval")
     options = parser.parse_args()
     stubs.assert_upb()

@@ -37,7 +37,8 @@ def directory() -> Path:
 
 def environment() -> dict[str, str]:
     """For the processes of a run: this tree's mprpc and the generated modules."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(directory())])}
+    paths = os.pathsep.join([str(ROOT), str(HERE), str(directory())])
+    return {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": ""}  # the first call imports what is compiled
 
 
 def use() -> None:
