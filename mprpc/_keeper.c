@@ -19,6 +19,7 @@
 static const uint64_t QUIET = 100000000; /* ns after which the keeper minds a connection, not the next caller */
 enum { KEEPER_MS = 200 };                /* how often the keeper looks for connections that have become quiet */
 static const uint64_t NEVER = UINT64_MAX;
+enum { BREATH_MS = 50 };                 /* for which it leaves them alone once it was woken for a caller's answer */
 enum { PING_ROOM = 64 }; /* more bytes than a PING takes, and than any frame of which the rest is worth waiting for */
 
 static struct {
@@ -120,16 +121,29 @@ static int patience(uint64_t until, int busy)
     return busy && ms > KEEPER_MS ? KEEPER_MS : until == NEVER ? -1 : ms > 3600000 ? 3600000 : (int)ms;
 }
 
-static void mind(struct mprpc_link *k)
+/* 0: there was nothing to do, as somebody calls through it again. */
+static int mind(struct mprpc_link *k)
 {
     pthread_mutex_lock(&k->mutex);
-    if (unwritten(k))
+    uint64_t heard = k->heard;
+    int done = unwritten(k);
+    if (done)
         mprpc_link_flush(k);
     if (quiet(k))
         mprpc_link_look(k);
+    done |= k->heard != heard || k->dead;
     if (quiet(k) && k->session.gone)
         mprpc_link_die(k, MPRPC_LINK_GOAWAY); /* nothing is in flight: the provider waits for our end */
     pthread_mutex_unlock(&k->mutex);
+    return done;
+}
+
+/* Many connections that are called through now and then would wake it for each answer, to gather them all again. */
+static void breathe(struct pollfd *wake)
+{
+    pthread_mutex_unlock(&keeper.mutex);
+    poll(wake, 1, BREATH_MS);
+    pthread_mutex_lock(&keeper.mutex);
 }
 
 static void *keep(void *unused)
@@ -149,9 +163,12 @@ static void *keep(void *unused)
         pthread_mutex_lock(&keeper.mutex);
         while (fds[0].revents && read(keeper.wake[0], drop, sizeof drop) == sizeof drop)
             continue;
+        int needless = 0;
         for (struct mprpc_link *k = keeper.first; k; k = k->kept.after)
             if (k->kept.polled && fds[k->kept.polled].revents)
-                mind(k);
+                needless |= !mind(k);
+        if (needless)
+            breathe(fds);
     }
     keeper.running = 0;
     pthread_mutex_unlock(&keeper.mutex);
