@@ -27,6 +27,7 @@
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/epoll.h>
+#include <sys/syscall.h>
 #endif
 
 enum {
@@ -112,16 +113,30 @@ static void poller_remove(struct poller *p, int fd)
         }
 }
 
+#ifdef __linux__
+/* Since Linux 5.11 (glibc 2.35 has a function for it); before, the wait ends at the next millisecond. */
+static int wait_precisely(int ep, struct epoll_event *events, const struct timespec *timeout)
+{
+#ifdef SYS_epoll_pwait2
+    int n = (int)syscall(SYS_epoll_pwait2, ep, events, POLL_MAX, timeout, NULL, 0);
+    if (n >= 0 || errno != ENOSYS)
+        return n;
+#endif
+    return epoll_wait(ep, events, POLL_MAX, 1);
+}
+#endif
+
 /* How many are ready, 0 after timeout ns, -1 with errno EINTR. */
 static int poller_wait(struct poller *p, struct ready *ready, uint64_t timeout)
 {
     uint64_t ms = (timeout + 999999) / 1000000; /* rounded up: a timer that is not due yet must not spin */
     int n, wait = timeout == FOREVER || ms > INT_MAX ? -1 : (int)ms, k = 0;
+    struct timespec precise = {0, timeout && timeout < 1000000 ? (long)timeout : 0};
 
 #ifdef __linux__
     if (p->ep >= 0) {
         struct epoll_event events[POLL_MAX];
-        n = epoll_wait(p->ep, events, POLL_MAX, wait);
+        n = precise.tv_nsec ? wait_precisely(p->ep, events, &precise) : epoll_wait(p->ep, events, POLL_MAX, wait);
         for (k = 0; k < n; k++) {
             uint32_t e = events[k].events;
             ready[k] = (struct ready){events[k].data.u64, (e & ~(uint32_t)EPOLLOUT ? IN : 0) |
@@ -652,6 +667,11 @@ uint64_t mprpc_loop_begin(struct mprpc_loop *l)
 {
     l->began = clock_ns();
     return l->began - l->now;
+}
+
+uint64_t mprpc_loop_time(const struct mprpc_loop *l)
+{
+    return l->began;
 }
 
 uint64_t mprpc_loop_ran(struct mprpc_loop *l, uint32_t i, int replied)
@@ -1546,6 +1566,12 @@ static void let_go(struct mprpc_loop *l)
 
 int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes, size_t count)
 {
+    return mprpc_loop_turn_within(l, replies, size, sizes, count, FOREVER);
+}
+
+int64_t mprpc_loop_turn_within(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes,
+                               size_t count, uint64_t most)
+{
     struct ready ready[POLL_MAX];
 
     if (is_parents(l))
@@ -1553,8 +1579,10 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
     l->now = l->began > l->now ? l->began : clock_ns(); /* the last handler has ended right now */
     flush(l, replies, size, sizes, count);
     begin(l);
+    uint64_t end = most == FOREVER ? FOREVER : clock_ns() + most;
     for (int rounds = 0; l->slow || !stopped(l); rounds++) {
-        int n = poller_wait(&l->poller, ready, patience(l));
+        uint64_t left = end == FOREVER ? FOREVER : end > l->now ? end - l->now : 0, wait = patience(l);
+        int n = poller_wait(&l->poller, ready, wait < left ? wait : left);
         l->now = clock_ns();
         if (n < 0)
             return l->slow;
@@ -1574,6 +1602,8 @@ int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t siz
         if (l->count || l->slow)
             return (int64_t)l->arena_size << MPRPC_TURN_SHIFT | l->slow | l->count;
         release(l); /* all that came has been answered */
+        if (l->now >= end)
+            return 0;
     }
     let_go(l);
     return MPRPC_TURN_STOPPED;

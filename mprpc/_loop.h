@@ -92,6 +92,9 @@ enum {
  * returns them as the constants above say. 0 requests: a signal came, look at it and turn again. */
 int64_t mprpc_loop_turn(struct mprpc_loop *loop, const uint8_t *replies, size_t size, const int32_t *sizes,
                         size_t count);
+/* The same, but 0 requests after at most `patience` ns. */
+int64_t mprpc_loop_turn_within(struct mprpc_loop *loop, const uint8_t *replies, size_t size, const int32_t *sizes,
+                               size_t count, uint64_t patience);
 /* Loop thread only, in the middle of a turn: answers requests as mprpc_loop_turn does, at once. */
 void mprpc_loop_flush(struct mprpc_loop *loop, const uint8_t *replies, const int32_t *sizes, size_t count);
 /* Where a turn's records and bytes are; constant for the loop's life. */
@@ -106,6 +109,7 @@ uint64_t mprpc_loop_begin(struct mprpc_loop *loop);
 /* The handler of request i has ended; replied: its answer is among the next turn's. The next one
  * begins, or the turn's flush. Returns how many ns it took. */
 uint64_t mprpc_loop_ran(struct mprpc_loop *loop, uint32_t i, int replied);
+uint64_t mprpc_loop_time(const struct mprpc_loop *loop); /* when that was, monotonic ns */
 int mprpc_loop_expired(struct mprpc_loop *loop, uint32_t i); /* 1: its deadline has passed, which was answered */
 uint64_t mprpc_loop_expiry(struct mprpc_loop *loop); /* the first deadline of the turn, monotonic ns, or UINT64_MAX */
 uint64_t mprpc_loop_deadline(struct mprpc_loop *loop, uint32_t i); /* monotonic ns, 0 for none */

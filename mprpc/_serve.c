@@ -13,13 +13,16 @@
 #include "_fork.h"
 #include "_loop.h"
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <structmember.h>
 #include <time.h>
 
 enum {
-    AT_ONCE = 65536,      /* bytes of a reply from which it is sent by itself, not with its turn */
-    REPLIES_MAX = 1 << 20 /* bytes that the replies' buffer keeps for the next turn */
+    AT_ONCE = 65536,       /* bytes of a reply from which it is sent by itself, not with its turn */
+    REPLIES_MAX = 1 << 20, /* bytes that the replies' buffer keeps for the next turn */
+    CONTENDED = 100000,    /* ns for the interpreter's lock, from which another thread computes */
+    LINGER = 50000,        /* ns that the next request may take to come while the lock is kept */
 };
 
 enum { INTERNAL = 13 };
@@ -48,6 +51,8 @@ typedef struct {
     struct method *methods;
     struct mprpc_pace *paces; /* of each; the owner keeps them alive */
     size_t payload_max, at_once;
+    int contended;        /* a thread that leads no loop computes */
+    uint64_t since, keep; /* when the interpreter's lock was got, and ns to keep it from such a thread */
     uint32_t index; /* of the request whose handler runs */
     struct batch batch;
 } Server;
@@ -65,6 +70,8 @@ static _Thread_local struct {
     PyObject *controller;
     uint32_t index;
 } leading;
+
+static _Atomic int wanting; /* threads that lead a loop, but for those that have given up the interpreter's lock */
 
 static uint64_t clock_ns(void)
 {
@@ -390,7 +397,6 @@ static void begin(Server *s, int64_t told)
     if (b->replies.room > REPLIES_MAX)
         mprpc_bytes_free(&b->replies);
     b->replies.size = 0;
-    mprpc_loop_begin(s->loop);
     if (!b->slow)
         return;
     PyObject *done = PyObject_CallMethod(s->owner, "_notice", NULL);
@@ -399,38 +405,72 @@ static void begin(Server *s, int64_t told)
     Py_XDECREF(done);
 }
 
-static PyObject *server_lead(PyObject *self, PyObject *address)
+/* Sends the last turn's replies and takes the next one's requests. Whoever lets go of the interpreter's lock beside a
+ * thread that computes waits a switch interval for it: so the lock is kept while requests keep coming, for about as long
+ * as that thread has kept it. It is kept from no other loop. */
+static int64_t turn(Server *s)
 {
-    Server *s = (Server *)self;
     struct batch *b = &s->batch;
-    struct mprpc_member *member = PyLong_AsVoidPtr(address);
+    int64_t told = 0;
+    int alone;
 
-    if (!member)
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no member of a crew");
+    if (s->contended && atomic_load(&wanting) == 1 && mprpc_loop_time(s->loop) - s->since < s->keep) {
+        told = mprpc_loop_turn_within(s->loop, b->replies.at, b->replies.size, b->sizes, b->count, LINGER);
+        b->count = 0;
+        mprpc_loop_begin(s->loop);
+    }
+    if (told)
+        return told;
+    atomic_fetch_sub(&wanting, 1);
+    Py_BEGIN_ALLOW_THREADS
+    told = mprpc_loop_turn(s->loop, b->replies.at, b->replies.size, b->sizes, b->count);
+    alone = atomic_fetch_add(&wanting, 1) == 0;
+    Py_END_ALLOW_THREADS
+    s->contended = mprpc_loop_begin(s->loop) > CONTENDED && alone;
+    s->since = mprpc_loop_time(s->loop);
+    return told;
+}
+
+/* Turns the loop until it has stopped, 1, or another thread leads it, 0. */
+static int lead(Server *s, struct mprpc_member *member)
+{
+    struct batch *b = &s->batch;
     unsigned forks = mprpc_forks;
+
     if (s->running)
         take_over(s);
     for (;;) {
-        int64_t told;
         while (b->next < b->count) {
             uint32_t i = b->next++;
             enum end end = handle(s, i, member);
-            if (forks != mprpc_forks)
-                Py_RETURN_TRUE; /* the handler has forked, and this is the child, which serves nobody */
+            if (forks != mprpc_forks) {
+                atomic_store(&wanting, 1);
+                return 1; /* the handler has forked, and this is the child, which serves nobody */
+            }
             if (end == RELIEVED)
-                Py_RETURN_FALSE;
+                return 0;
             uint64_t took = mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
             if (end == RAN)
                 mprpc_pace_add(&s->paces[s->records[i].method], took < MPRPC_PACE_SLOW ? MPRPC_PACE_FAST : MPRPC_PACE_LONG);
         }
         mprpc_leader_rests(member);
-        Py_BEGIN_ALLOW_THREADS
-        told = mprpc_loop_turn(s->loop, b->replies.at, b->replies.size, b->sizes, b->count);
-        Py_END_ALLOW_THREADS
+        int64_t told = turn(s);
         if (told < 0)
-            Py_RETURN_TRUE;
+            return 1;
         begin(s, told);
     }
+}
+
+static PyObject *server_lead(PyObject *self, PyObject *address)
+{
+    struct mprpc_member *member = PyLong_AsVoidPtr(address);
+
+    if (!member)
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no member of a crew");
+    atomic_fetch_add(&wanting, 1);
+    int stopped = lead((Server *)self, member);
+    atomic_fetch_sub(&wanting, 1);
+    return PyBool_FromLong(stopped);
 }
 
 static PyObject *server_run_job(PyObject *self, PyObject *args)
@@ -530,20 +570,21 @@ static int fill_methods(Server *s)
     return 0;
 }
 
-/* Server(owner, loop, paces, methods, controllers, ok, payload_max). loop, paces: the addresses of the owner's struct
+/* Server(owner, loop, paces, methods, controllers, ok, payload_max, keep). loop, paces: the addresses of the owner's struct
  * mprpc_loop and of as many struct mprpc_pace as there are methods, which all loops share. methods: (entry, parse,
  * handler, response's class, serialize, blocking) for each index of mprpc_services_add. */
 static PyObject *server_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     PyObject *owner, *table, *controllers, *ok;
-    unsigned long long loop, paces;
+    unsigned long long loop, paces, keep;
     Py_ssize_t payload_max;
 
     if (keywords && PyDict_Size(keywords)) {
         PyErr_SetString(PyExc_TypeError, "Server() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OKKO!OOn", &owner, &loop, &paces, &PyTuple_Type, &table, &controllers, &ok, &payload_max))
+    if (!PyArg_ParseTuple(args, "OKKO!OOnK", &owner, &loop, &paces, &PyTuple_Type, &table, &controllers, &ok,
+                          &payload_max, &keep))
         return NULL;
     Server *s = (Server *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!s)
@@ -558,6 +599,7 @@ static PyObject *server_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     s->bytes = mprpc_loop_bytes(s->loop);
     s->payload_max = (size_t)payload_max;
     s->at_once = AT_ONCE;
+    s->keep = keep;
     s->status_name = PyUnicode_InternFromString("_status");
     if (s->status_name && fill_methods(s) == 0 && mprpc_bytes_reserve(&s->batch.replies, 1) == 0)
         return (PyObject *)s;

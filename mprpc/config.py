@@ -390,6 +390,9 @@ class MprpcConfig(_Checked):
     call_tags: tuple[str, ...] = _key((), _Words(), "only providers that have all of these tags are called")
     snapshot_dir: str = _key("", _PATH, 'directory that keeps the last lists of providers; "": none')
     loops: int = _key(1, _Whole(1, 64), "event loops, a thread each")
+    switch_interval: float = _key(
+        0.0005, _Number(0, 1), "seconds a computing thread keeps the interpreter from calls; 0: as the process has it"
+    )
     handler_threads: int = _key(32, _Whole(1, 10_000), "threads beside the loops for handlers that take long")
     max_queued: int = _key(1000, _Whole(0, 1_000_000), "calls that wait for such a thread before one more is refused")
     workers: int = _key(1, _Whole(1, 64), "processes that serve, for run() alone; 1: run() serves by itself")

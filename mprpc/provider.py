@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 import weakref
@@ -56,6 +57,7 @@ _LOG_BURST = 10  # lines a second about bad peers; more are counted in one line
 _SETTLE = 100_000_000  # ns for which consumers that only now hear of the end still find somebody who says "not run"
 _JOIN = 1.0  # seconds beyond the grace that stop() waits for a loop's thread
 _NS = 1_000_000_000
+_KEEP = 0.9  # of a switch interval for which a loop keeps the interpreter's lock beside a thread that computes
 
 
 class RpcProvider:
@@ -168,6 +170,7 @@ class RpcProvider:
         try:
             self._make_loops(listener, worker)
         except BaseException:
+            _switching.restore(self)
             if listener is not None:
                 listener.close()
             raise
@@ -179,6 +182,7 @@ class RpcProvider:
             for service in {entry.service, entry.short_service}:
                 lib.mprpc_services_add(services, service.encode(), len(service.encode()), name, len(name), index)
         paces = ffi.new("struct mprpc_pace[]", len(self._entries) + 1)
+        _switching.shorten(self, self._config.switch_interval)
         loops = [
             _Loop(self._config, services, self._entries, paces, self._run_coroutines, self._queue)
             for _ in range(self._config.loops)
@@ -288,6 +292,7 @@ class RpcProvider:
         self._hurry(max(0.0, deadline - time.monotonic()))
         if self._crew is not None:
             self._wait_for_loops(self._crew, deadline + _JOIN)
+        _switching.restore(self)
         if self._coroutines is not None:
             self._coroutines.stop()
         if self._registry is not None:
@@ -472,6 +477,35 @@ class RpcProvider:
         self.run()
 
 
+class _Switching:
+    """The interpreter's switch interval: the shortest that a started provider asks for, then what it was before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: dict[RpcProvider, float] = {}
+        self._before = 0.0
+
+    def shorten(self, provider: RpcProvider, seconds: float) -> None:
+        """0 asks for nothing."""
+        if seconds:
+            with self._lock:
+                if not self._asked:
+                    self._before = sys.getswitchinterval()
+                self._asked[provider] = seconds
+                self._set()
+
+    def restore(self, provider: RpcProvider) -> None:
+        with self._lock:
+            if self._asked.pop(provider, 0.0):
+                self._set()
+
+    def _set(self) -> None:
+        sys.setswitchinterval(min([self._before, *self._asked.values()]))
+
+
+_switching = _Switching()
+
+
 class _Loop:
     """One loop. One thread of the crew leads it at a time."""
 
@@ -514,7 +548,14 @@ class _Loop:
             for e in entries
         )
         self.server = native.Server(
-            self, _address(self.handle), _address(paces), methods, self._controllers, Status.OK, config.max_payload
+            self,
+            _address(self.handle),
+            _address(paces),
+            methods,
+            self._controllers,
+            Status.OK,
+            config.max_payload,
+            int(sys.getswitchinterval() * _KEEP * _NS),
         )
 
     def lead(self, member: Any) -> None:

@@ -64,6 +64,7 @@ def mprpc(options: argparse.Namespace) -> None:
             loops=options.loops,
             max_connections=20000,
             **(zookeeper if options.zookeeper else {}),
+            switch_interval=0,  # what the mode has set
         )
     )
     provider.notify_service(Users())
