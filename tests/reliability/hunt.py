@@ -21,6 +21,7 @@ from typing import Any
 import generated
 from mprpc import AsyncMprpcChannel, DeadlineExceeded, MprpcChannel, RpcError, Unavailable
 from reliability.fleet import PATIENCE, Fleet
+from reliability.load import Yardstick
 from reliability.report import SHOWN, Report
 
 THREADS = 64
@@ -218,26 +219,6 @@ class Hunt:
             await asyncio.gather(*(worker(ledger_mprpc.LedgerRpc_AsyncStub(channel)) for _ in range(FLYING)))
 
 
-class Yardstick:
-    """How late the machine itself wakes a thread of this process that sleeps for 10 ms."""
-
-    def __init__(self) -> None:
-        self.late = array("d")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            began = time.monotonic()
-            self._ended.wait(SHORT)
-            self.late.append(time.monotonic() - began - SHORT)
-
-    def end(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
 def hunt(*, seed: int, count: int, minutes: float) -> int:
     """`count` calls; they end early after `minutes`."""
     report = Report("stale-answer hunt", seed)
@@ -252,7 +233,7 @@ def run(report: Report, *, seed: int, count: int, minutes: float) -> Tally:
         provider = fleet.start("laggard", "reliability.laggard", json.dumps(orders))
         fleet.wait(lambda: "serving" in provider.told, "the provider")
         subject = Hunt(provider.told["serving"], seed, count, lambda: time.monotonic() > end)
-        ended, yardstick = threading.Event(), Yardstick()
+        ended = threading.Event()
 
         def progress() -> None:
             while not ended.wait(20.0):
@@ -260,10 +241,10 @@ def run(report: Report, *, seed: int, count: int, minutes: float) -> Tally:
 
         watcher = threading.Thread(target=progress)
         watcher.start()
-        total = subject.run()
+        with Yardstick() as yardstick:
+            total = subject.run()
         ended.set()
         watcher.join()
-        yardstick.end()
         path = fleet.directory / "ran"
         provider.order(f"ran {path}")
         fleet.wait(lambda: "ran" in provider.told, "the provider's counts")
@@ -296,8 +277,4 @@ def judge(report: Report, total: Tally, ran: bytes, yardstick: Yardstick) -> Non
     report.row("said not to have run", f"{len(total.not_run):,}, of which {len(lied):,} did")
     report.row("past the deadline", f"99.999 % {rare * 1000:.1f} ms, worst {worst * 1000:.1f} ms")
     report.row("the latest", total.latest[1])
-    late = sorted(yardstick.late)
-    tail = late[-1 - len(late) // 1000] * 1000
-    report.row(
-        "a sleeping thread wakes late", f"99.9 % {tail:.1f} ms, worst {late[-1] * 1000:.1f} ms (n={len(late):,})"
-    )
+    yardstick.tell(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ from mprpc import RpcError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from reliability.report import Report
+
 BLOCKING = 24  # threads
 PATIENCE = 30.0  # seconds for the calls of a phase to end, after their deadlines
+NAP = 0.01  # seconds
 SMALL = (0, 8, 64, 1000)
 
 ledger_pb2 = generated.module("ledger_pb2")
@@ -205,3 +209,32 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+
+
+class Yardstick:
+    """How late the machine itself wakes a thread of this process that sleeps for 10 ms. Use it with `with`."""
+
+    def __init__(self) -> None:
+        self._late = array("d")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            began = time.monotonic()
+            self._ended.wait(NAP)
+            self._late.append(time.monotonic() - began - NAP)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def tell(self, report: Report) -> None:
+        late = sorted(self._late)
+        tail, worst = late[-1 - len(late) // 1000] * 1000, late[-1] * 1000
+        text = f"99.9 % {tail:.1f} ms, worst {worst:.1f} ms (n={len(late):,})"
+        report.row("a sleeping thread wakes late by", text)

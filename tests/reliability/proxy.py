@@ -16,7 +16,7 @@ from typing import Any
 from mprpc import MprpcConfig
 from mprpc.testing import FakeRegistry
 from reliability.fleet import SERVICE, Fleet, Process
-from reliability.load import Load, Phase
+from reliability.load import Load, Phase, Yardstick
 from reliability.report import Report
 
 RATE = 500.0  # calls a second
@@ -32,7 +32,9 @@ DIRECTIONS = {"to the provider": "1 0", "to the consumer": "0 1", "both ways": "
 def proxy(*, seed: int, count: int, minutes: float) -> int:
     """Each fault for `count` seconds in each direction; ends early after `minutes`."""
     report = Report("a proxy of faults", seed)
-    run(report, seed=seed, seconds=float(count), over=lambda: report.seconds > minutes * 60)
+    with Yardstick() as yardstick:
+        run(report, seed=seed, seconds=float(count), over=lambda: report.seconds > minutes * 60)
+    yardstick.tell(report)
     return report.finish()
 
 

@@ -18,7 +18,7 @@ from mprpc import MprpcConfig
 from mprpc import futures as mprpc_futures
 from mprpc.testing import FakeRegistry
 from reliability.fleet import SERVICE, Fleet, Process
-from reliability.load import Load
+from reliability.load import Load, Yardstick
 from reliability.proxy import DIRECTIONS, FAULTS, PAST
 from reliability.report import Report, look
 
@@ -34,7 +34,9 @@ MORE_OBJECTS, MORE_DESCRIPTORS, MORE_THREADS = 500, 3, 3
 def soak(*, seed: int, count: int, minutes: float) -> int:
     """Ends after `minutes`; `count` bounds the faults."""
     report = Report("soak", seed)
-    run(report, seed=seed, faults=count, seconds=minutes * 60)
+    with Yardstick() as yardstick:
+        run(report, seed=seed, faults=count, seconds=minutes * 60)
+    yardstick.tell(report)
     return report.finish()
 
 
