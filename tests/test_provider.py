@@ -1272,6 +1272,12 @@ with services.serving(login) as provider:
 """
 
 
+def stands_still(pid: int) -> bool:
+    """Whether all its threads do: SIGSTOP reaches them one after the other."""
+    states = [each.read_text().rpartition(")")[2].split()[0] for each in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 @pytest.mark.parametrize("closes", [True, False], ids=["closed", "half-closed"])
 def test_what_a_peer_sent_that_has_gone_is_not_run(closes: bool) -> None:
     """A provider that had stood still for a while ran all that its sockets had kept, though nobody waited any more."""
@@ -1283,6 +1289,7 @@ def test_what_a_peer_sent_that_has_gone_is_not_run(closes: bool) -> None:
             peer.send(wire.login(1))
             peer.frame()
             process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: stands_still(process.pid), "it stands still")
             peer.send(b"".join(wire.login(i) for i in range(2, 200)))
             if closes:
                 peer.close()
