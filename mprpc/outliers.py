@@ -48,6 +48,8 @@ class Health:
 
     out = False
     """It rests or is being probed: it gets no calls, as long as at least half of its list does."""
+    gone = False
+    """It has not answered its last probe."""
     why = ""
     """What made it rest, a few words."""
     rests = 0
@@ -85,6 +87,7 @@ class Health:
         """What the probe said that was due. Whether it is in use again; else the next one is due at rests_until."""
         if not self.out:
             return True
+        self.gone = not answered
         if not answered:
             if self._suspected:
                 self.rest(now, "it does not answer")
@@ -103,7 +106,7 @@ class Health:
         """It can be called: what made it rest is over. Whether that is news."""
         if not self.out or self._suspected:
             return False
-        self.out = False
+        self.out = self.gone = False
         self._returned = now
         if now - self._rested >= REST_FIRST:  # else only a connection had ended
             self._warm_from = now
@@ -115,7 +118,7 @@ class Health:
 
     def forget(self) -> None:
         """Another provider has its address."""
-        self.out = self._suspected = False
+        self.out = self.gone = self._suspected = False
         self._rest = 0.0
         self._returned = self._trusted_until = self._warm_from = float("-inf")
 

@@ -268,6 +268,7 @@ class Subchannel:
         self._lock, self._judging = threading.Lock(), threading.Lock()
         self.link = self.mailed = None
         self.measure = _new_measure()  # the parent's calls end there
+        self.health, self._watcher, self._probed = Health(), None, False
 
     def close(self) -> None:
         with self._lock:

@@ -459,6 +459,22 @@ class UnaryCall(_Call, Generic[Request, Response]):
 
     def _call_classic(self, endpoint: Subchannel, payload: bytes, deadline: int) -> Response:
         """One call on a connection of its own; the end of the stream ends the response."""
+        measure, began, verdict = endpoint.measure, time.monotonic_ns(), lib.MPRPC_LOAD_FAILED
+        lib.mprpc_load_begin(measure)
+        try:
+            answer = self._exchange_classic(endpoint, payload, deadline)
+            verdict = lib.MPRPC_LOAD_OK
+        except DeadlineExceeded:
+            endpoint.silent()
+            raise
+        except Unavailable as error:
+            endpoint.unreachable(error.text) if error.not_run else endpoint.broke(error.text)
+            raise
+        finally:
+            lib.mprpc_load_end(measure, began, time.monotonic_ns(), verdict)
+        return self._parsed(answer)
+
+    def _exchange_classic(self, endpoint: Subchannel, payload: bytes, deadline: int) -> bytes:
         service = self._method.containing_service.name
         frame = _classic_request(service, self._method.name, payload)
         name, address = self._method.full_name, endpoint.address
@@ -478,7 +494,7 @@ class UnaryCall(_Call, Generic[Request, Response]):
                 f"{name}: {address} answered nothing, as a classic provider that is dying does (set classic_empty where"
                 " an empty answer is a response)"
             )
-        return self._parsed(answer)
+        return answer
 
 
 def policy_of(config: MprpcConfig, method: MethodDescriptor) -> Policy:

@@ -369,3 +369,54 @@ def test_a_channel_that_is_closed_leaves_nothing_to_be_done(stack: contextlib.Ex
         login = user_mprpc.UserServiceRpc_Stub(channel).Login
         while all(each.state != "resting" for each in channel.endpoints()):
             login(REQUEST)
+
+
+def test_a_classic_provider_that_is_gone_rests_too(stack: contextlib.ExitStack) -> None:
+    (good,) = providers(stack, 1)
+    listed = [Endpoint(good, classic=True), Endpoint(stack.enter_context(held.dead()), classic=True)]
+    caller = Caller(stack, "blocking", FakeRegistry({SERVICE: listed}), balancer="round_robin")
+    assert caller.times(20) == {good: 20}
+    first, second = caller.channel.endpoints()
+    assert (first.calls, first.in_flight, first.failures, first.rests) == (20, 0, 0, 0)
+    assert second.state == "resting"
+
+
+FORKED = """
+import os, sys, held, services
+from mprpc import MprpcConfig
+from mprpc.testing import FakeRegistry
+with services.serving() as one, services.serving() as two, held.dead() as dead:
+    registry = FakeRegistry({"fixbug.UserServiceRpc": [one.address, two.address, dead]})
+    with registry.channel(MprpcConfig(slow_start=0.0)) as channel:
+        login = services.user_mprpc.UserServiceRpc_Stub(channel).Login
+        while not any(each.rests for each in channel.endpoints()):
+            login(services.REQUEST)
+        child = os.fork()
+        if child == 0:
+            channel._registry = registry
+            assert not any(each.rests for each in channel.endpoints())
+            while not any(each.rests for each in channel.endpoints()):
+                login(services.REQUEST)
+            assert [each.why for each in channel.endpoints() if each.rests]
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_finds_out_for_itself() -> None:
+    """It took over who rests and nobody who probes them, so that they rested for ever."""
+    process = services.start_python(FORKED)
+    out, err = process.communicate(timeout=wire.PATIENCE)
+    assert (out, err) == ("7\n", "")
+
+
+def test_in_a_panic_a_coroutine_too_goes_elsewhere_first(stack: contextlib.ExitStack) -> None:
+    """It went on with the connections of those that did not answer, so that most calls were lost."""
+    (good,) = providers(stack, 1)
+    bad = [stack.enter_context(mute()) for _ in range(2)]
+    caller = Caller(stack, "coroutine", FakeRegistry({SERVICE: [good, *bad]}), balancer="round_robin")
+    ends = caller.times(12, timeout=0.3)
+    assert ends[DeadlineExceeded.status] <= 4
+    caller.until(lambda states: all(states[each].state == "resting" for each in bad))
+    caller.until(lambda states: all(states[each].rests_for > 0.2 for each in bad))
+    assert caller.times(12, timeout=5.0) == {good: 12}
