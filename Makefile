@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries balance workers simulation proxy soak overload
+.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries balance workers simulation proxy soak overload hostile
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -75,6 +75,9 @@ faults: build ## 300 faults of ZooKeeper under load, then 90 s without it (14 mi
 
 herd: build ## 300 consumers and 200 providers lose ZooKeeper's leader (a minute, real ZooKeeper)
 	$(BIN)/python tests/reliability herd
+
+hostile: build ## a dozen attacks on a provider, 10,000 idle connections, no descriptors left (4 minutes)
+	$(BIN)/python tests/reliability hostile
 
 overload: build ## five times the load that a provider can carry, with and without its limit (2 minutes)
 	$(BIN)/python tests/reliability overload

@@ -33,6 +33,7 @@ from mprpc.controller import MprpcController
 from mprpc.crew import Crew
 from mprpc.errors import ConfigError, RpcError, Status
 from mprpc.fast import native
+from mprpc.incidents import of_loops
 from mprpc.late import importing
 from mprpc.service import MethodEntry, methods_of
 from mprpc.signals import SignalHandlers
@@ -118,8 +119,6 @@ class RpcProvider:
 
     def incidents(self) -> dict[str, int]:
         """How often what went wrong on connections, by kind (`incidents.py` says what each means), since start()."""
-        from mprpc.incidents import of_loops
-
         return of_loops(loop.handle for loop in self._loops)
 
     def start(self) -> None:

@@ -20,6 +20,8 @@ import services
 import wire
 from mprpc import RpcProvider, Status
 from mprpc.incidents import of_connections
+from reliability import hostile
+from reliability.report import Report
 from services import REQUEST, LoginResponse
 from test_provider import ANSWER, memory, wait_until
 
@@ -294,6 +296,31 @@ def _is_served(address: str) -> bool:
 def _end_of(peer: wire.Peer) -> None:
     with contextlib.suppress(ConnectionError):
         peer.rest()
+
+
+@pytest.mark.parametrize("name", [name for name in hostile.ATTACKS if name != "never reads"])
+def test_the_attacks_of_the_long_run(name: str) -> None:
+    """`make hostile` measures what others notice; here they must be served, and memory stay where it is."""
+    with services.serving(frame_timeout=0.2) as provider:
+        attack = hostile.ATTACKS[name], provider.address, time.monotonic() + 0.3
+        attacking = threading.Thread(target=_attack, args=attack)
+        with watched(provider):
+            attacking.start()
+        attacking.join(wire.PATIENCE)
+        assert not attacking.is_alive()
+        wait_until(lambda: _is_served(provider.address), "it takes connections again")
+
+
+def _attack(attack: Callable[[str, float], None], address: str, until: float) -> None:
+    with contextlib.suppress(OSError):
+        attack(address, until)
+
+
+def test_no_descriptors_are_left_and_then_there_are() -> None:
+    """The counters are readable just then: a module that was imported only when asked for them was not to be had."""
+    report = Report("", 0)
+    hostile._descriptors(report, limit=100, clients=400)
+    assert not report.broken
 
 
 # ---- towards a channel ----

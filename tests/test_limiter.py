@@ -17,6 +17,7 @@ import services
 import wire
 from mprpc import MprpcConfig, RpcProvider, Status
 from mprpc.limiter import FIRST, PERIOD, Limiter, Window
+from reliability import overload
 from services import REQUEST
 from test_provider import ANSWER, wait_until
 
@@ -68,12 +69,12 @@ class Simulated:
         self._over, self._peak, self._refused = [], len(self._ends), 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_goodput_at_five_times_the_capacity(seed: int) -> None:
     simulated = Simulated(seed)
     capacity = WORKERS / TOOK
     simulated.run(5 * capacity, 2.0)
-    goodput, slowest = simulated.run(5 * capacity, 30.0)
+    goodput, slowest = simulated.run(5 * capacity, 12.0)  # with one look at what they take unhindered
     assert goodput > 0.95 * capacity
     assert slowest < 0.1
     assert simulated.limiter.limit < 4 * WORKERS
@@ -97,8 +98,8 @@ def test_calls_that_become_slower_or_faster(factor: float) -> None:
     simulated.run(5 * WORKERS / TOOK, 5.0)
     simulated.took = TOOK * factor
     capacity = WORKERS / simulated.took
-    simulated.run(5 * capacity, 15.0)  # one look at what they take unhindered
-    goodput, _ = simulated.run(5 * capacity, 5.0)
+    simulated.run(5 * capacity, 7.0)  # one look at what they take unhindered
+    goodput, _ = simulated.run(5 * capacity, 2.0)
     assert goodput > 0.9 * capacity
     assert 0.8 * simulated.took < simulated.limiter.unhindered < 2.5 * simulated.took
 
@@ -218,6 +219,17 @@ def _statistics(provider: RpcProvider) -> Any:
     from test_provider import statistics
 
     return statistics(provider)
+
+
+def test_five_times_the_capacity_of_a_provider() -> None:
+    """`make overload` measures; here it only must not collapse, as it does without the limit (to under a tenth)."""
+    with overload.provider("sleep", True) as address:
+        loop = overload.OpenLoop(address)
+        capacity = loop.saturate(0.5)
+        answers = loop.run(overload.OVERLOAD * capacity, 1.5)
+        loop.close()
+    assert overload._goodput(answers, 1.5) > 0.5 * capacity
+    assert sum(each.status == Status.RESOURCE_EXHAUSTED for each in answers) > len(answers) / 4
 
 
 def test_without_the_key_nothing_is_limited() -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from reliability import balance, cycles, faults, herd, hunt, overload, proxy, restarts, retries, soak, workers
+from reliability import balance, cycles, faults, herd, hostile, hunt, overload, proxy, restarts, retries, soak, workers
 
 
 class Run(Protocol):
@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[Run, int]] = {
     "retries": (retries.retries, 30),
     "workers": (workers.workers, 50),
     "balance": (balance.balance, 15),
+    "hostile": (hostile.hostile, 5),
     "overload": (overload.overload, 10),
 }
 
@@ -41,7 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/reliability", description="Long runs that hurt.")
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, help="how many (balance, outage, overload, proxy, retries: seconds)")
+    parser.add_argument(
+        "--count", type=int, help="how many (balance, hostile, outage, overload, proxy, retries: seconds)"
+    )
     parser.add_argument("--minutes", type=float, default=30.0, help="end after these, whatever has been done")
     options = parser.parse_args()
     logging.getLogger("kazoo").setLevel(logging.CRITICAL)  # that connections are lost is no news here

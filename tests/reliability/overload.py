@@ -55,12 +55,12 @@ class Answer(NamedTuple):
 class OpenLoop:
     """Connections to a provider, and requests that leave them by the clock."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, connections: int = CONNECTIONS) -> None:
         host, _, port = address.partition(":")
-        self._sockets = [socket.create_connection((host, int(port))) for _ in range(CONNECTIONS)]
+        self._sockets = [socket.create_connection((host, int(port))) for _ in range(connections)]
         self._due: list[dict[int, float]] = [{} for _ in self._sockets]
-        self._unsent = [b""] * CONNECTIONS
-        self._kept = [b""] * CONNECTIONS
+        self._unsent = [b""] * connections
+        self._kept = [b""] * connections
         self._number = 0
         self._selector = selectors.DefaultSelector()
         for i, each in enumerate(self._sockets):
@@ -116,7 +116,7 @@ class OpenLoop:
 
     def _request(self, due: float, connection: int | None = None) -> None:
         self._number += 1
-        i = self._number % CONNECTIONS if connection is None else connection
+        i = self._number % len(self._sockets) if connection is None else connection
         self._due[i][self._number] = due
         head = lib.mprpc_put_call(
             self._head, self._names, len(self._names), len(PAYLOAD), self._number, int(DEADLINE * 1000), 0
