@@ -29,7 +29,7 @@ struct seat {
     _Alignas(64) _Atomic uint64_t run;
     struct mprpc_member *leader; /* what follows is under the crew's mutex */
     uint64_t seen, since;        /* the number at the last look, and when it was seen first */
-    uint64_t asked;              /* the last number that somebody came for */
+    uint64_t asked, tried;       /* the last number that somebody came for, and how long it had been there, ns */
     int suspected;               /* somebody is on the way to relieve its leader */
 };
 
@@ -153,9 +153,10 @@ static int look(struct mprpc_crew *c, struct mprpc_member *m)
         if (number != s->seen) {
             s->seen = number;
             s->since = now;
-        } else if (run & RUNNING && !s->suspected && c->busy < c->threads &&
-                   (s->asked != number || now - s->since >= MPRPC_CREW_SURE * c->period)) {
+            s->tried = 0;
+        } else if (run & RUNNING && !s->suspected && c->busy < c->threads && now - s->since >= 3 * s->tried) {
             s->asked = number;
+            s->tried = now - s->since;
             s->suspected = 1;
             m->suspects = i;
             m->looked = now;

@@ -8,7 +8,7 @@
 
 enum {
     MPRPC_CREW_PERIOD = 2000000, /* ns between two looks at the seats: what runs at both may be slow */
-    MPRPC_CREW_SURE = 25,        /* periods after which it is, whatever else may have kept it from going on */
+    MPRPC_CREW_SURE = 25,        /* periods after which it is taken to be, whatever else may have kept it standing */
     MPRPC_CREW_QUIET = 8,        /* periods without a batch after which nobody looks any more */
     MPRPC_CREW_JOB = -1,
     MPRPC_CREW_STOP = -2,

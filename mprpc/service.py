@@ -207,6 +207,10 @@ def _bound(service: object, method: MethodDescriptor, *takes: str) -> Callable[.
     kind = type(service).__qualname__
     if not callable(bound):
         raise TypeError(f"{kind} has no method for {method.full_name}: write {wanted}")
+    if getattr(bound, "mprpc_blocking", False) and inspect.iscoroutinefunction(bound):
+        raise TypeError(
+            f"{method.full_name} is async def and declared blocking: it can't be both, await what takes long"
+        )
     try:
         signature = inspect.signature(bound)
     except ValueError:

@@ -15,7 +15,7 @@ import pytest
 
 import generated
 from mprpc.errors import RpcError, Status
-from mprpc.service import MethodEntry, Reply, Service, attribute_of, methods_of
+from mprpc.service import MethodEntry, Reply, Service, attribute_of, blocking, methods_of
 
 legacy_pb2 = generated.module("legacy_pb2")
 streams_pb2 = generated.module("streams_pb2")
@@ -164,6 +164,11 @@ class Streaming(Service):
     def Flow(self, request: Any, controller: Any) -> Any: ...
 
 
+class Undecided(UserService):
+    @blocking
+    async def Login(self, request: Any, controller: Any) -> Any: ...
+
+
 class Bare(Service):
     pass
 
@@ -186,6 +191,7 @@ class Bare(Service):
             NewShape(),
             "NewShape does not fit mprpc.test.Oracle.Ask, too many positional arguments: write def Ask(",
         ),
+        (Undecided(), "fixbug.UserServiceRpc.Login is async def and declared blocking: it can't be both"),
         (Streaming(), "mprpc.test.River.Flow is a streaming method, which can't be published: make it a unary one"),
     ],
 )
@@ -194,6 +200,23 @@ def test_what_is_no_service_is_refused_in_one_line(service: object, says: str) -
         methods_of(service)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_handler_is_declared_blocking_where_it_is_written() -> None:
+    class Patient(UserService):
+        @blocking
+        def Login(self, request: Any, controller: Any) -> Any:
+            return super().Login(request, controller)
+
+    class PatientOracle(Oracle):
+        @blocking
+        def Ask(self, controller: Any, request: Any, done: Any) -> Any:
+            return super().Ask(controller, request, done)
+
+    assert [entry.blocking for entry in methods_of(UserService())] == [False, False]
+    assert [entry.blocking for entry in methods_of(Patient())] == [True, False]
+    assert [entry.blocking for entry in methods_of(PatientOracle(lambda *_: None))] == [True, False]
+    assert run(methods_of(Patient())[0], user_pb2.LoginRequest()).success
 
 
 def test_done_within_the_method_is_the_response() -> None:

@@ -28,6 +28,12 @@ class Late(user_mprpc.UserServiceRpc):
         return user_pb2.RegisterResponse()
 
 
+class Patient(user_mprpc.UserServiceRpc):
+    @mprpc.blocking
+    def Login(self, request: user_pb2.LoginRequest, controller: mprpc.MprpcController) -> user_pb2.LoginResponse:
+        return user_pb2.LoginResponse(success=controller.time_remaining() is None)
+
+
 class Undecided(user_mprpc.UserServiceRpc):
     def Login(
         self, request: user_pb2.LoginRequest, controller: mprpc.MprpcController
