@@ -1,7 +1,7 @@
-/* crew MILLISECONDS COUNT: that many loops without sockets, whose handlers are fast, slow, about as long as the watcher's
+/* crew MILLISECONDS COUNT SECONDS: COUNT loops without sockets, whose handlers are fast, slow, about as long as the watcher's
  * period, run as jobs, ask their loop for something, or wait for a call that their own loop serves. What a leader owns is
  * plain memory, so that the sanitizer sees two leaders. Every request must run once and be answered once, and none may
- * wait for ever: with MPRPC_PLANT_STRANDED defined one does, which this program has to find. */
+ * wait over SECONDS: with MPRPC_PLANT_STRANDED defined one does, which this program has to find. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -21,7 +21,6 @@ enum {
     CALLING = THREADS / 2, /* handlers that wait for their own loop at once: more would rightly use up the threads */
     REQUESTS = 4000000,
     PERIOD = 200000, /* ns */
-    PATIENCE = 5,    /* seconds */
 };
 enum { FAST, EDGE, SLOW, JOB, CALLS, ASKS };
 
@@ -59,7 +58,8 @@ static uint32_t chance(uint64_t *state, uint32_t bound)
 
 static _Atomic uint8_t ran[REQUESTS], answered[REQUESTS];
 static _Atomic uint32_t requests, answers, jobs, refused, calling, stopped;
-static _Atomic uint64_t until; /* no new requests after */
+static _Atomic uint64_t until; /* no new requests after, where there were some of each kind */
+static uint64_t patience;      /* ns */
 
 static uint32_t new_request(void)
 {
@@ -118,7 +118,7 @@ static void call_own(struct loop *l)
     l->posted[l->posted_count++] = id;
     pthread_mutex_unlock(&l->mutex);
     while (!atomic_load(&answered[id])) {
-        if (clock_ns() - begin > PATIENCE * UINT64_C(1000000000))
+        if (clock_ns() - begin > patience)
             fail("a batch is stranded behind a handler", __LINE__);
         nap(PERIOD / 4);
     }
@@ -133,7 +133,7 @@ static void ask_own(struct loop *l, struct hand *h)
     while (mprpc_leader_ends(h->member)) {
         l->asked++;
         mprpc_leader_goes_on(h->member);
-        if (clock_ns() - begin > PATIENCE * UINT64_C(1000000000))
+        if (clock_ns() - begin > patience)
             fail("a batch is stranded behind a handler that asks", __LINE__);
         nap(PERIOD / 20);
     }
@@ -177,7 +177,7 @@ static int turn(struct loop *l)
     while (l->posted_count)
         l->requests[l->count++] = (struct request){l->posted[--l->posted_count], FAST, 1};
     pthread_mutex_unlock(&l->mutex);
-    if (clock_ns() >= atomic_load(&until)) {
+    if (clock_ns() >= atomic_load(&until) && atomic_load(&refused)) {
         nap(PERIOD / 10);
         return l->count || atomic_load(&answers) < atomic_load(&requests);
     }
@@ -307,9 +307,10 @@ static void start(int leads)
 
 int main(int argc, char **argv)
 {
-    MUST(argc == 3);
+    MUST(argc == 4);
     uint64_t ms = strtoull(argv[1], NULL, 10);
     uint32_t count = (uint32_t)strtoul(argv[2], NULL, 10);
+    patience = strtoull(argv[3], NULL, 10) * 1000000000;
     struct mprpc_crew_statistics s;
 
     MUST(count > 0 && count <= LOOPS_MAX);
@@ -321,7 +322,7 @@ int main(int argc, char **argv)
         start((int)i);
     }
     start(-1);
-    uint64_t end = atomic_load(&until) + PATIENCE * UINT64_C(2000000000);
+    uint64_t end = atomic_load(&until) + 2 * patience;
     while (atomic_load(&stopped) < count) {
         if (clock_ns() > end)
             fail("a batch is stranded", __LINE__);
