@@ -23,7 +23,7 @@ _LEAST, _MOST = 1, 100_000
 _TOLERANCE = 2.0  # times the unhindered latency: what waiting may add
 _FLOOR = 0.004  # seconds: a latency below is no sign of overload, whatever it was before
 _FALL = 0.5  # of the limit, at most, in one window
-_LOOK_EVERY = 10.0  # seconds of overload between two looks at the unhindered latency
+_LOOK_FIRST, _LOOK_EVERY = 1.0, 10.0  # seconds between two looks at the unhindered latency: each twice the last
 _LOOK_AT = 4  # then the limit is so many times lower, until the queue is empty and one window has been measured
 _WAIT = 0.5  # seconds, at most, for a change to show in the latency
 _STUCK = 1.0  # seconds in which requests were refused and none ended, before a few more are let in
@@ -47,7 +47,8 @@ class Limiter:
         self.unhindered = float("inf")  # seconds
         self._exact = float(FIRST)
         self._looking = 0  # windows that are left of a look
-        self._look_at = now + _LOOK_EVERY
+        self._look_every = _LOOK_FIRST
+        self._look_at = now + self._look_every
         self._shows_at = now  # when the last change can be seen in the latency
         self._moved_at = now  # when a request last ended, or none was refused
 
@@ -74,7 +75,8 @@ class Limiter:
     def _look(self, now: float, window: Window) -> None:
         self._looking -= 1
         if self._looking == 0:
-            self._look_at = now + _LOOK_EVERY
+            self._look_every = min(2 * self._look_every, _LOOK_EVERY)
+            self._look_at = now + self._look_every
             if window.samples:
                 self.unhindered = window.latency
 
