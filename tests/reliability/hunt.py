@@ -94,7 +94,9 @@ class Tally:
             return ANSWERED
         if isinstance(outcome, DeadlineExceeded):
             if past < 0:
-                self.wrong.append(f"call {question.number} gave up {-past * 1000:.1f} ms before its deadline: {_said(outcome)}")
+                self.wrong.append(
+                    f"call {question.number} gave up {-past * 1000:.1f} ms before its deadline: {_said(outcome)}"
+                )
             return LATE
         if isinstance(outcome, Unavailable):
             return LOST

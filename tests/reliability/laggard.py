@@ -25,7 +25,7 @@ import ledger_mprpc
 import ledger_pb2
 from mprpc import MprpcConfig, RpcProvider
 from reliability.member import say
-from reliability.report import look
+from reliability.report import look, return_memory
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _UNSPECIFIED = bytes(16)  # a sockaddr of AF_UNSPEC: connect(2) dissolves the association, tcp(7) with a reset
@@ -111,6 +111,7 @@ def reset_connections() -> int:
 
 def main() -> None:
     orders = json.loads(sys.argv[1])
+    return_memory()
     ledger = Ledger(orders["calls"], orders["reset_every"])
     provider = RpcProvider(MprpcConfig(**orders["config"]))
     provider.notify_service(ledger)

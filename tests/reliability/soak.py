@@ -20,7 +20,7 @@ from mprpc.testing import FakeRegistry
 from reliability.fleet import SERVICE, Fleet, Process
 from reliability.load import Load, Yardstick
 from reliability.proxy import DIRECTIONS, FAULTS, PAST
-from reliability.report import Report, look
+from reliability.report import Report, look, return_memory
 
 RATE = 300.0
 TIMEOUT = 2.0
@@ -41,6 +41,7 @@ def soak(*, seed: int, count: int, minutes: float) -> int:
 
 
 def run(report: Report, *, seed: int, faults: int, seconds: float, every: float = EVERY, lasts: float = LASTS) -> None:
+    return_memory()
     dice = random.Random(seed)
     samples: dict[str, list[dict[str, int]]] = {}
     end = time.monotonic() + seconds
