@@ -194,6 +194,7 @@ struct list {
 struct request {
     uint64_t connection, call_id, deadline, received;
     const uint8_t *large;
+    uint32_t held; /* where it lies then */
     uint32_t attempt;
     uint8_t open; /* not yet answered or detached */
 };
@@ -234,7 +235,8 @@ struct mprpc_loop {
     int slow; /* MPRPC_TURN_SLOW */
     struct mprpc_event events[MPRPC_FAIR_MAX];
     struct mprpc_bytes scratch;                 /* replies on their way */
-    uint8_t *held[MPRPC_BATCH_MAX];             /* large requests' buffers, freed by the next turn */
+    uint8_t *held[MPRPC_BATCH_MAX];             /* large requests' buffers, freed by the next turn at the latest */
+    uint32_t users[MPRPC_BATCH_MAX];            /* requests in each */
     size_t held_count;
 
     int listener, shared, spare;
@@ -830,8 +832,13 @@ static void take(struct mprpc_loop *l, struct connection *c, size_t count, uint6
         uint32_t at = own ? 0 : (uint32_t)(e->frame.payload - l->arena);
         if (own)
             l->slow = MPRPC_TURN_SLOW;
-        l->requests[l->count] = (struct request){key, e->frame.call_id, e->deadline, received,
-                                                 own ? e->frame.payload : NULL, e->frame.attempt, 1};
+        l->requests[l->count] = (struct request){.connection = key, .call_id = e->frame.call_id,
+                                                 .deadline = e->deadline, .received = received,
+                                                 .large = own ? e->frame.payload : NULL,
+                                                 .held = own ? (uint32_t)l->held_count - 1 : 0,
+                                                 .attempt = e->frame.attempt, .open = 1};
+        if (own)
+            l->users[l->held_count - 1]++;
         l->records[l->count++] = (struct mprpc_record){e->method, at, e->frame.payload_size};
     }
 }
@@ -891,8 +898,10 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
         c->in.size = 0;
         l->arena_size += used > 0 ? (size_t)used : 0;
     }
-    if (own && count)
+    if (own && count) {
+        l->users[l->held_count] = 0;
         l->held[l->held_count++] = whole.at;
+    }
     take(l, c, count, received, own);
     if (connection_at(l, key) == c && out.size)
         put(l, c, out.at, out.size, NULL, 0);
@@ -1629,6 +1638,17 @@ size_t mprpc_loop_room(void)
 const uint8_t *mprpc_loop_large(struct mprpc_loop *l, uint32_t i)
 {
     return i < l->count ? l->requests[i].large : NULL;
+}
+
+void mprpc_loop_copied(struct mprpc_loop *l, uint32_t i)
+{
+    struct request *q = &l->requests[i];
+
+    if (!q->large || --l->users[q->held])
+        return;
+    free(l->held[q->held]);
+    l->held[q->held] = NULL;
+    q->large = NULL;
 }
 
 uint64_t mprpc_loop_deadline(struct mprpc_loop *l, uint32_t i)

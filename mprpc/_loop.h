@@ -104,6 +104,8 @@ size_t mprpc_loop_room(void);
 
 /* Loop thread only, about request i of this turn, until the next. */
 const uint8_t *mprpc_loop_large(struct mprpc_loop *loop, uint32_t i); /* its arguments, NULL if they are in the bytes */
+/* Nobody looks at the arguments of request i any more: once, as long as they were not in the bytes. */
+void mprpc_loop_copied(struct mprpc_loop *loop, uint32_t i);
 /* The first handler of the turn begins now: how many ns the thread took to come to it, with the interpreter's lock. */
 uint64_t mprpc_loop_begin(struct mprpc_loop *loop);
 /* The handler of request i has ended; replied: its answer is among the next turn's. The next one

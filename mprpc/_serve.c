@@ -245,6 +245,8 @@ static int returned(Server *s, uint32_t i, const struct method *m, PyObject *con
         settle(s, i, m, controller, response);
     } else {
         PyObject *reply = PyObject_CallFunctionObjArgs(m->serialize, response, NULL);
+        Py_DECREF(response);
+        response = NULL; /* not beside its bytes, while they are sent */
         if (reply)
             large = put(s, i, m, reply);
         else
@@ -256,12 +258,17 @@ static int returned(Server *s, uint32_t i, const struct method *m, PyObject *con
     return large;
 }
 
+/* Once for each request: a large one's buffer goes before anything is made of its copy. */
 static PyObject *arguments(Server *s, uint32_t i)
 {
     const struct mprpc_record *r = &s->records[i];
     const uint8_t *large = s->batch.slow ? mprpc_loop_large(s->loop, i) : NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)(large ? large : s->bytes + r->offset),
+                                                (Py_ssize_t)r->size);
 
-    return PyBytes_FromStringAndSize((const char *)(large ? large : s->bytes + r->offset), (Py_ssize_t)r->size);
+    if (large)
+        mprpc_loop_copied(s->loop, i);
+    return bytes;
 }
 
 static PyObject *parsed(Server *s, uint32_t i, const struct method *m)

@@ -263,8 +263,8 @@ def test_no_ending_of_a_call_keeps_or_loses_a_reference(ending: str, caplog: pyt
         call(1000)
         gc.collect()
         # Each call that left something behind would have left 1,000; a thread more has some of its own.
-        assert max(abs(now - was) for now, was in zip(counts(), before, strict=True)) < 400
-        assert abs(len(gc.get_objects()) - objects) < 400
+        assert max(abs(now - was) for now, was in zip(counts(), before, strict=True)) < 900
+        assert abs(len(gc.get_objects()) - objects) < 900
 
 
 def test_arguments_that_do_not_parse_keep_nothing() -> None:
@@ -282,6 +282,27 @@ def test_arguments_that_do_not_parse_keep_nothing() -> None:
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_large_request_is_in_memory_once_while_its_handler_runs() -> None:
+    """Neither what was received nor the bytes that it was parsed from lie beside the message."""
+    size = 40 << 20  # malloc gives so much back at once
+    grown = []
+
+    def login(request: Any, controller: Any) -> Any:
+        grown.append(resident() - before)
+        return OK
+
+    with services.serving(login) as provider, wire.connect(provider.address) as peer:
+        data = wire.login(1, b"x" * size)
+        before = resident()
+        peer.send(data)
+        assert peer.frame()[0].status == Status.OK
+        data = wire.login(2, b"x" * size) + wire.login(3)  # in one buffer with another's arguments
+        before = resident()
+        peer.send(data)
+        assert sorted(peer.frame()[0].call_id for _ in range(2)) == [2, 3]
+    assert grown[0] < 1.5 * size
 
 
 def test_memory_stays_flat_over_many_calls() -> None:
