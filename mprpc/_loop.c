@@ -182,6 +182,7 @@ struct connection {
     uint8_t parked;   /* waiting and full: out of the queue until its peer has read */
     uint8_t ended;    /* no more requests: what is left is to send `out`, end our side, and wait for the peer's */
     uint8_t shut;     /* our side is ended */
+    uint8_t deserted; /* the peer has ended its side behind what is not read yet */
     uint8_t peer_end; /* the peer's side is */
 };
 
@@ -880,6 +881,16 @@ static int no_room(const struct mprpc_loop *l, size_t more)
     return l->limits.input_max && more && l->buffered + more > l->limits.input_max;
 }
 
+/* The peer has ended its side before all that it sent was read. A framed one waits for none of it, and a loop that has
+ * stood still for a while is not to run what its callers gave up long ago; for a classic one it is the usual way. */
+static void desert(struct mprpc_loop *l, struct connection *c)
+{
+    if (c->session.in_flight)
+        destroy(l, c, 0);
+    else
+        end(l, c);
+}
+
 /* Shows the session bytes[0, size): the arena's, or (own) those of c->in. Requests point into them, so they stay until
  * the next turn whatever becomes of the connection. */
 static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *bytes, size_t size, uint64_t received,
@@ -891,6 +902,10 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
     int64_t used = mprpc_session_receive(&c->session, bytes, size, received, l->events,
                                          room < MPRPC_FAIR_MAX ? room : MPRPC_FAIR_MAX, &count, &out);
 
+    int deserted = c->deserted && c->session.dialect == MPRPC_FRAMED;
+    for (; deserted && count > 0; count--)
+        if (l->events[count - 1].frame.kind == MPRPC_REQUEST)
+            mprpc_session_unaccept(&c->session);
     if (own && used) {
         whole = c->in;
         memset(&c->in, 0, sizeof c->in);
@@ -920,6 +935,8 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
     }
     if (!count)
         free(whole.at);
+    if (deserted && connection_at(l, key) == c && !c->ended)
+        desert(l, c);
 }
 
 static void peer_ended(struct mprpc_loop *l, struct connection *c)
@@ -937,16 +954,6 @@ static void peer_ended(struct mprpc_loop *l, struct connection *c)
     } else {
         destroy(l, c, c->session.dialect == MPRPC_UNKNOWN && c->in.size);
     }
-}
-
-/* The same before all that it sent was read: a framed peer waits for none of it, and a loop that has stood still for a
- * while is not to run what its callers gave up long ago. */
-static void peer_ended_unread(struct mprpc_loop *l, struct connection *c)
-{
-    if (c->session.in_flight)
-        destroy(l, c, 0);
-    else
-        end(l, c);
 }
 
 static void drained(struct mprpc_loop *l, struct connection *c, ssize_t n)
@@ -1524,8 +1531,11 @@ static void serve(struct mprpc_loop *l, const struct ready *r)
     } else if ((c = connection_at(l, r->key))) {
         if (r->events & OUT && c->out.size > c->sent)
             writable(l, c);
-        if (r->events & ENDED && connection_at(l, r->key) == c && c->session.dialect == MPRPC_FRAMED && !c->ended)
-            peer_ended_unread(l, c);
+        if (r->events & ENDED && connection_at(l, r->key) == c) {
+            c->deserted = 1;
+            if (c->session.dialect == MPRPC_FRAMED && !c->ended)
+                desert(l, c);
+        }
         if (r->events & IN && connection_at(l, r->key) == c && !c->waiting && !c->peer_end && !crowded(l))
             readable(l, c);
         else if (connection_at(l, r->key) == c && c->peer_end && !(r->events & OUT))

@@ -1278,16 +1278,18 @@ def stands_still(pid: int) -> bool:
     return set(states) == {"T"}
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known", "new"])
 @pytest.mark.parametrize("closes", [True, False], ids=["closed", "half-closed"])
-def test_what_a_peer_sent_that_has_gone_is_not_run(closes: bool) -> None:
+def test_what_a_peer_sent_that_has_gone_is_not_run(closes: bool, known: bool) -> None:
     """A provider that had stood still for a while ran all that its sockets had kept, though nobody waited any more."""
     process = services.start_python(STANDING)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         with wire.connect(address) as peer:
-            peer.send(wire.login(1))
-            peer.frame()
+            if known:
+                peer.send(wire.login(1))
+                peer.frame()
             process.send_signal(signal.SIGSTOP)
             wait_until(lambda: stands_still(process.pid), "it stands still")
             peer.send(b"".join(wire.login(i) for i in range(2, 200)))
@@ -1300,7 +1302,7 @@ def test_what_a_peer_sent_that_has_gone_is_not_run(closes: bool) -> None:
                 assert peer.rest() == b""
         with wire.connect(address) as peer:
             peer.send(wire.login(1))
-            assert LoginResponse.FromString(peer.frame()[1]).result.errcode == 2
+            assert LoginResponse.FromString(peer.frame()[1]).result.errcode == 1 + known
     finally:
         process.send_signal(signal.SIGCONT)
         process.communicate(timeout=wire.PATIENCE)
