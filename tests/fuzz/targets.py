@@ -17,7 +17,7 @@ import frames
 import services
 import test_session
 from fuzz import mutation
-from mprpc import AsyncMprpcChannel, RpcError, Status
+from mprpc import AsyncMprpcChannel, MprpcChannel, MprpcConfig, RpcError, Status
 from mprpc._native import ffi, lib
 
 LIMIT = 100  # bytes of payload for `frames`
@@ -162,9 +162,11 @@ class Channel:
         self._listener.bind(path)
         self._listener.listen(16)
         self._data = b""
-        users = self._ends.enter_context(services.calling(f"unix:{path}", timeout=CALL_SECONDS))
+        # What says that it has not run would be tried again, after a pause.
+        config = MprpcConfig(rpcserverip=f"unix:{path}", call_timeout=CALL_SECONDS, retries=0)
+        users = services.user_mprpc.UserServiceRpc_Stub(self._ends.enter_context(MprpcChannel(config)))
         self._loop = asyncio.new_event_loop()
-        channel = AsyncMprpcChannel(f"unix:{path}", timeout=CALL_SECONDS)
+        channel = AsyncMprpcChannel(config)
         tasks = services.user_mprpc.UserServiceRpc_AsyncStub(channel)
         self._ends.callback(self._loop.close)
         self._ends.callback(lambda: self._loop.run_until_complete(channel.close()))
@@ -186,9 +188,6 @@ class Channel:
                 if request == b"end":
                     return
                 peer.sendall(self._data)
-                peer.shutdown(socket.SHUT_WR)
-                while peer.recv(65536):
-                    continue  # so that the end is no reset, which would take bytes along
 
     def __call__(self, data: bytes) -> None:
         self._data = data
