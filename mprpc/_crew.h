@@ -59,7 +59,7 @@ void mprpc_crew_statistics(struct mprpc_crew *crew, struct mprpc_crew_statistics
 
 /* ---- the leader's thread, around every handler ---- */
 
-/* A handler begins. Until mprpc_leader_ends says so the loop is this thread's no more. */
+/* A handler begins. Until mprpc_leader_ends says so, the loop is this thread's no more. */
 void mprpc_leader_begins(struct mprpc_member *member);
 /* It has ended: 1, this thread leads as before; 0, it was relieved, and neither the loop nor the batch is its any more. */
 int mprpc_leader_ends(struct mprpc_member *member);

@@ -458,7 +458,8 @@ static int lead(Server *s, struct mprpc_member *member)
                 return 0;
             uint64_t took = mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
             if (end == RAN)
-                mprpc_pace_add(&s->paces[s->records[i].method], took < MPRPC_PACE_SLOW ? MPRPC_PACE_FAST : MPRPC_PACE_LONG);
+                mprpc_pace_add(&s->paces[s->records[i].method],
+                               took < MPRPC_PACE_SLOW ? MPRPC_PACE_FAST : MPRPC_PACE_LONG);
         }
         mprpc_leader_rests(member);
         int64_t told = turn(s);
@@ -571,7 +572,8 @@ static int fill_methods(Server *s)
             PyErr_SetString(PyExc_TypeError, "a method is a tuple");
             return -1;
         }
-        if (!PyArg_ParseTuple(row, "OOOOOp", &m->entry, &m->parse, &m->handler, &m->kind, &m->serialize, &m->blocking))
+        if (!PyArg_ParseTuple(row, "OOOOOp", &m->entry, &m->parse, &m->handler, &m->kind, &m->serialize,
+                              &m->blocking))
             return -1;
     }
     return 0;

@@ -326,7 +326,7 @@ def test_controller_of_a_future_knows_its_peer_later() -> None:
     with services.serving(login) as provider, wire.connect(provider.address) as peer:
         name = "{}:{}".format(*peer.socket.getsockname())
         peer.send(wire.login(1, timeout_ms=60_000))
-        wait_until(lambda: waiting, "the handler has run")
+        wait_until(lambda: provider._loops[0]._detached, "the handler has run")
         waiting[0].start()
         header, _ = peer.frame()
         waiting[0].join()

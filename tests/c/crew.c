@@ -1,7 +1,7 @@
-/* crew MILLISECONDS COUNT SECONDS: COUNT loops without sockets, whose handlers are fast, slow, about as long as the watcher's
- * period, run as jobs, ask their loop for something, or wait for a call that their own loop serves. What a leader owns is
- * plain memory, so that the sanitizer sees two leaders. Every request must run once and be answered once, and none may
- * wait over SECONDS: with MPRPC_PLANT_STRANDED defined one does, which this program has to find. */
+/* crew MILLISECONDS COUNT SECONDS: COUNT loops without sockets, whose handlers are fast, slow, about as long as the
+ * watcher's period, run as jobs, ask their loop for something, or wait for a call that their own loop serves. What a
+ * leader owns is plain memory, so that the sanitizer sees two leaders. Every request must run once and be answered once,
+ * and none may wait over SECONDS: with MPRPC_PLANT_STRANDED defined one does, which this program has to find. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
