@@ -218,7 +218,7 @@ void oracle_session(const uint8_t *bytes, size_t size, unsigned how)
 
 /* ---- a client and a provider ---- */
 
-enum { OPEN = 256 }; /* calls at a time, and requests */
+enum { OPEN = 32 }; /* calls at a time, and requests */
 
 struct end {
     struct mprpc_session session;
