@@ -11,7 +11,7 @@
 
 #include "_session.h"
 
-enum { LIMIT = 100, CALLS = 40, MANY = 32 };
+enum { LIMIT = 100, CALLS = 40, MANY = 32, IN_FLIGHT = 6 };
 enum { FRAGMENT = 63, DRAINS = 64, FRAMED_ONLY = 128 }; /* how a session is fed */
 
 #define MUST(property) ((property) ? (void)0 : fail(#property, __LINE__))
@@ -101,6 +101,7 @@ static const struct mprpc_services *services(void)
 struct driver {
     struct mprpc_session session;
     struct mprpc_bytes kept, out, log;
+    _Atomic uint64_t counts[MPRPC_REASONS];
     int64_t why;
 };
 
@@ -161,6 +162,8 @@ static void feed(struct driver *d, int server, const uint8_t *bytes, size_t size
     memset(d, 0, sizeof *d);
     mprpc_session_init(&d->session, server ? services() : NULL, LIMIT, !(how & FRAMED_ONLY));
     d->session.draining = server && (how & DRAINS);
+    d->session.counts = d->counts;
+    d->session.calls_max = server ? IN_FLIGHT : 0;
     for (uint64_t i = 1; !server && i <= CALLS; i++)
         MUST(mprpc_session_call(&d->session, 1000 + i) == i);
     for (size_t at = 0, n; at < size && d->why == 0; at += n) {
@@ -170,6 +173,8 @@ static void feed(struct driver *d, int server, const uint8_t *bytes, size_t size
             turn(d, room);
     }
     uint32_t numbers[] = {d->session.strays, d->session.in_flight, d->session.dialect, d->session.gone};
+    MUST(!d->session.calls_max || d->session.in_flight <= d->session.calls_max);
+    MUST(d->counts[-MPRPC_STRAY] == d->session.strays);
     note(d, numbers, sizeof numbers);
     note(d, &d->session.last_id, sizeof d->session.last_id);
     note(d, &d->why, sizeof d->why);
