@@ -274,9 +274,7 @@ class AsyncUnaryCall(Generic[Request, Response]):
             return await self._hedged(hub, call, payload, attempts, controller, endpoint, call._hedging)
         if endpoint is not None and len(payload) <= call._max_payload and not call._hurries:
             link = hub.links.get(endpoint.address)
-            if link is not None and endpoint.health.gone:  # the connection may be a black hole; others go first
-                hub.retire(link)
-            elif link is not None and not endpoint.classic:
+            if link is not None and not endpoint.classic and not endpoint.health.gone:
                 if controller is not None:
                     controller._peer = endpoint.address
                 try:
@@ -472,7 +470,7 @@ class _Hub:
         )
         if identity < 0:
             if identity != lib.MPRPC_CALL_FULL:
-                self.retire(link)
+                self._retire(link)
             raise call._broken(endpoint, None, identity, lib.mprpc_link_check(link.handle), 0)
         future: asyncio.Future[tuple[Mail, bytes]] = self._loop.create_future()
         self._pending[token] = future
@@ -720,14 +718,14 @@ class _Hub:
             raise
         return made
 
-    def retire(self, link: _Link) -> None:
+    def _retire(self, link: _Link) -> None:
         """It takes no new calls; those in flight on it may still be answered."""
         if self.links.get(link.address) is link:
             del self.links[link.address]
 
     def _lose(self, link: _Link) -> None:
         """The connection has ended; the next call makes another."""
-        self.retire(link)
+        self._retire(link)
         if link in self._all:
             self._all.remove(link)
             self._loop.remove_reader(link.descriptor)

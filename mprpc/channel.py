@@ -254,7 +254,7 @@ class MprpcChannel:
         with self._lock:
             endpoints = tuple(self._endpoint(each.address, always or (each.classic and not never)) for each in found)
         for endpoint, each in zip(endpoints, found, strict=True):
-            endpoint.listed(each.id, service, self._pools().told)
+            endpoint.listed(each.id, service, self._pools().told, alone=len(found) == 1)
         return endpoints
 
     def _keep_only(self, snapshot: Snapshot) -> None:

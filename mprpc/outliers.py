@@ -49,7 +49,7 @@ class Health:
     out = False
     """It rests or is being probed: it gets no calls, as long as at least half of its list does."""
     gone = False
-    """It has not answered its last probe."""
+    """It did not answer a call or a probe, and nothing since: its connection may be a black hole."""
     why = ""
     """What made it rest, a few words."""
     rests = 0
@@ -79,7 +79,7 @@ class Health:
         """A call had no answer. Whether it is now to be probed."""
         if self.out or now < self._trusted_until:
             return False
-        self.out = self._suspected = True
+        self.out = self.gone = self._suspected = True
         self.rests_until = now
         return True
 

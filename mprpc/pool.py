@@ -181,7 +181,7 @@ class Pool:
 
 
 def _is_no_use(endpoint: Subchannel) -> bool:
-    return endpoint.health.out and endpoint.link is None
+    return endpoint.health.out and (endpoint.health.gone or endpoint.link is None)
 
 
 def _state(each: Candidate, service: str, share: float, slow_start: float, now: float) -> EndpointState:

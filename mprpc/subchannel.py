@@ -66,17 +66,20 @@ class Subchannel:
         self._service = ""  # that it is probed for
         self._watcher: WeakMethod[Watcher] | None = None
         self._probed = False  # ever
+        self._alone = False
+        self._parked: Any = None  # the connection of one that is suspected
         self._judging = threading.Lock()  # of health
         self.health = Health()
 
     # ---- its health ----
 
-    def listed(self, identity: str, service: str, watcher: Watcher) -> None:
+    def listed(self, identity: str, service: str, watcher: Watcher, *, alone: bool = False) -> None:
         """It is in the service's list, under that id. Another one than before is another provider, which need not wait
-        for the rest's end. `watcher`, a bound method that is held weakly, is told of what speaks against it, and
-        whether its health has changed; on any thread."""
+        for the rest's end. `alone`: nobody else is, so that suspicion is of no use. `watcher`, a bound method that is
+        held weakly, is told of what speaks against it, and whether its health has changed; on any thread."""
         if self._watcher is None or self._service != service:
             self._service, self._watcher = service, WeakMethod(watcher)
+        self._alone = alone
         if identity != self._id:
             self._id = identity
             with self._judging:
@@ -124,7 +127,9 @@ class Subchannel:
         now = time.monotonic()
         with self._judging:
             self.health.failures += calls
-            changed = self.health.rest(now, why) if why else self.health.suspect(now)
+            changed = self.health.rest(now, why) if why else not self._alone and self.health.suspect(now)
+            if changed and self.health.suspected:  # it may be a black hole: other calls that come here go elsewhere
+                self._parked, self.link = self.link, None
         if changed:
             _log.info("%s of %s %s", self.address, self._service, why or "did not answer: it is probed")
             self._probe_later()
@@ -154,6 +159,9 @@ class Subchannel:
             back = self.health.probed(answered, time.monotonic())
             if back and rested:
                 lib.mprpc_load_forget(self.measure)
+            if back and self.link is None:
+                self.link = self._parked
+            self._parked = None
         if not back:
             self.drop(self.link)
             self._probe_later()
@@ -268,14 +276,16 @@ class Subchannel:
         self._lock, self._judging = threading.Lock(), threading.Lock()
         self.link = self.mailed = None
         self.measure = _new_measure()  # the parent's calls end there
-        self.health, self._watcher, self._probed = Health(), None, False
+        self.health, self._watcher, self._probed, self._parked = Health(), None, False, None
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            link, self.link = self.link, None
-        if link is not None:
-            lib.mprpc_link_close(link.handle)
+            links = self.link, self._parked
+            self.link = self._parked = None
+        for link in links:
+            if link is not None:
+                lib.mprpc_link_close(link.handle)
         if self._probed:
             from mprpc import timekeeper
 

@@ -228,7 +228,8 @@ def test_a_provider_that_is_gone_is_probed_and_comes_back(face: str, stack: cont
     (good,) = providers(stack, 1)
     with serving() as other:
         back = other.address
-        caller = Caller(stack, face, FakeRegistry({SERVICE: [good, back]}), balancer="round_robin")
+        patient = CONFIG.replace(connect_timeout=wire.PATIENCE, balancer="round_robin")
+        caller = Caller(stack, face, FakeRegistry({SERVICE: [good, back]}), config=patient)
         assert set(caller.times(60)) == {good, back}
     assert set(caller.times(60)) == {good}
     caller.until(lambda states: states[back].state == "resting" and states[back].rests_for > 0.3)
@@ -371,6 +372,37 @@ def test_a_channel_that_is_closed_leaves_nothing_to_be_done(stack: contextlib.Ex
         login = user_mprpc.UserServiceRpc_Stub(channel).Login
         while all(each.state != "resting" for each in channel.endpoints()):
             login(REQUEST)
+
+
+def test_silence_costs_one_call_for_each_endpoint_even_where_most_are_silent(stack: contextlib.ExitStack) -> None:
+    """Until all of them had been probed, a second each, calls went on to those that were suspected already."""
+    (good,) = providers(stack, 1)
+    bad = [stack.enter_context(mute()) for _ in range(4)]
+    patient = CONFIG.replace(connect_timeout=wire.PATIENCE, balancer="round_robin")  # no probe ends while this lasts
+    caller = Caller(stack, "blocking", FakeRegistry({SERVICE: [good, *bad]}), config=patient)
+    assert caller.times(40, timeout=0.5) == {DeadlineExceeded.status: 4, good: 36}
+    caller.channel.close()
+
+
+def test_a_suspect_that_answers_keeps_its_connection(stack: contextlib.ExitStack) -> None:
+    hold = held.Held()
+    stack.callback(hold.release)
+    addresses = providers(stack, 2, hold)
+    patient = CONFIG.replace(connect_timeout=wire.PATIENCE, balancer="round_robin")
+    caller = Caller(stack, "blocking", FakeRegistry({SERVICE: addresses}), config=patient)
+    caller.times(4)
+    subchannels = list(caller.channel._endpoints.values())
+    links = [each.link for each in subchannels]
+    assert caller.times(2, timeout=0.3, request=held.named("hold")) == {DeadlineExceeded.status: 2}
+    caller.until(lambda states: all(each.state == "connected" for each in states.values()))
+    assert [each.link for each in subchannels] == links
+
+
+def test_a_provider_without_peers_is_not_suspected(stack: contextlib.ExitStack) -> None:
+    caller = Caller(stack, "blocking", FakeRegistry({SERVICE: [stack.enter_context(mute())]}))
+    assert caller.times(2, timeout=0.2) == {DeadlineExceeded.status: 2}
+    (only,) = caller.channel.endpoints()
+    assert (only.state, only.failures, only.rests) == ("connected", 2, 0)
 
 
 def test_a_classic_provider_that_is_gone_rests_too(stack: contextlib.ExitStack) -> None:
