@@ -21,7 +21,7 @@ from zookeeper_server import free_ports
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-PATIENCE = 20.0  # seconds for what takes one, on a machine that is busy
+PATIENCE = 60.0  # seconds for what takes one, on a machine that is busy
 
 PROGRAM = """
 import os, signal, sys, threading, time
