@@ -131,11 +131,11 @@ static int poller_wait(struct poller *p, struct ready *ready, uint64_t timeout)
 {
     uint64_t ms = (timeout + 999999) / 1000000; /* rounded up: a timer that is not due yet must not spin */
     int n, wait = timeout == FOREVER || ms > INT_MAX ? -1 : (int)ms, k = 0;
-    struct timespec precise = {0, timeout && timeout < 1000000 ? (long)timeout : 0};
 
 #ifdef __linux__
     if (p->ep >= 0) {
         struct epoll_event events[POLL_MAX];
+        struct timespec precise = {0, timeout < 1000000 ? (long)timeout : 0};
         n = precise.tv_nsec ? wait_precisely(p->ep, events, &precise) : epoll_wait(p->ep, events, POLL_MAX, wait);
         for (k = 0; k < n; k++) {
             uint32_t e = events[k].events;
