@@ -8,7 +8,8 @@ from mprpc.outliers import REST_FIRST, REST_LONGEST, VOLUME, WINDOW, Health, Rat
 
 
 def test_a_rest_doubles_as_long_as_the_probe_has_no_answer() -> None:
-    health, now, rests = Health(), 100.0, []
+    health, now = Health(), 100.0
+    rests: list[float] = []
     assert health.rest(now, "refused")
     while len(rests) < 12:
         assert health.out
