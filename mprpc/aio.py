@@ -53,6 +53,7 @@ Response = TypeVar("Response", bound=Message)
 
 _NS = 1_000_000_000
 _FOREVER = 2**64 - 1
+_FOUND = 0.01  # seconds after which a call for which nobody was found yet is looked at again, to be hedged
 _GRACE = 0.02  # seconds beyond its deadline for which a call waits to hear from a thread beside what was missing
 
 
@@ -307,6 +308,8 @@ class AsyncUnaryCall(Generic[Request, Response]):
         send(attempts, first)
         try:
             await asyncio.wait(running, timeout=None if delay is None else delay / _NS)
+            while attempts.endpoint is None and not any(each.done() for each in running):
+                await asyncio.wait(running, timeout=_FOUND)
             slow, now = attempts.endpoint, time.monotonic_ns()
             if (
                 slow is not None

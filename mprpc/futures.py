@@ -49,6 +49,7 @@ _NS = 1_000_000_000
 _FOREVER = 2**64 - 1
 _LINGER = 50_000_000  # ns that the reader and a lane wait for another call before their thread ends
 _LANES = 8  # calls being found or connected at once; more wait in the queue, within max_pending
+_FOUND = 10_000_000  # ns after which a call for which nobody was found yet is looked at again
 _HEDGES_KEPT = 1000  # calls that have ended and whose time for a hedge has not come are forgotten beyond so many
 _SMALL = 4096  # bytes up to which a request is not counted: max_pending of them are 40 MB
 
@@ -552,7 +553,10 @@ class _Reader:
                 due.append(heapq.heappop(self._hedged)[2])
         for future in due:
             call, endpoint = future._call, future._endpoint
-            if future.done() or endpoint is None or call._hedging is None:
+            if future.done() or call._hedging is None:
+                continue
+            if endpoint is None:
+                self.hedge_later(future, now - future._began + _FOUND)
                 continue
             if any(each is not endpoint for each in call._target.known()) and call._hedging.take(now):
                 hedge = _Hedge(future, self._attempts(future).hedge(endpoint))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import heapq
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -592,6 +593,25 @@ def test_a_hedged_call_that_is_cancelled_cancels_both() -> None:
                 each.cancelled()
 
 
+def test_a_call_for_which_nobody_was_found_in_time_is_hedged_later() -> None:
+    """It was never hedged: the list of providers came after the hedge's delay."""
+    with contextlib.ExitStack() as stack:
+        holder, slow = stack.enter_context(held.holding())
+        fast = stack.enter_context(services.serving())
+        channel = stack.enter_context(MprpcChannel(slow.address))
+        other = stack.enter_context(MprpcChannel(fast.address))._fixed()
+        login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(idempotent=True, hedge_delay=0.01)
+        before = login.with_options(hedge_delay="off").future(held.named("hold"), timeout=wire.PATIENCE)
+        holder.taken()
+        login._target = Listed((channel._fixed(), other), late=0.1)
+        login._hedging._budget.called(1000)
+        answer = login.future(held.named("hold"), timeout=wire.PATIENCE).result(wire.PATIENCE)
+        assert answer == services.accept(held.named("hold"), None)
+        before.cancel()
+        holder.taken()
+        holder.cancelled(2)
+
+
 def test_a_call_that_is_given_up_is_no_latency() -> None:
     """It counted as one that had lasted since the machine was started."""
     with held.holding() as (holder, provider), MprpcChannel(provider.address) as channel:
@@ -603,15 +623,17 @@ def test_a_call_that_is_given_up_is_no_latency() -> None:
 
 
 class Listed:
-    """A target of subchannels that the test has; always the first one's turn."""
+    """A target of subchannels that the test has; always the first one's turn. late: seconds that the list takes."""
 
-    def __init__(self, endpoints: tuple[Any, ...]) -> None:
+    def __init__(self, endpoints: tuple[Any, ...], late: float = 0.0) -> None:
         self._endpoints = endpoints
+        self._late = late
 
     def next(self) -> Any:
-        return self._endpoints[0]
+        return None if self._late else self._endpoints[0]
 
     def all(self, deadline: int, first: Any = None) -> tuple[Any, ...]:
+        threading.Event().wait(self._late)
         return self._endpoints
 
     def known(self) -> tuple[Any, ...]:
