@@ -22,10 +22,10 @@ static uint32_t below(uint32_t bound)
     return (uint32_t)(state >> 32) % bound;
 }
 
-static void look(const uint8_t *bytes, size_t size, size_t fragment)
+static void look(const uint8_t *bytes, size_t size, unsigned how)
 {
     oracle_codec(bytes, size);
-    oracle_session(bytes, size, fragment);
+    oracle_session(bytes, size, how);
 }
 
 static size_t mutate(uint8_t *to)
@@ -83,11 +83,11 @@ int main(int argc, char **argv)
         return 2;
     load(argv[1]);
     for (size_t i = 0; i < count; i++)
-        for (size_t fragment = 1; fragment < 20 && fragment <= sizes[i] + 1u; fragment++)
+        for (unsigned fragment = 1; fragment < 20 && fragment <= sizes[i] + 1u; fragment++)
             look(vectors[i], sizes[i], fragment);
     for (long i = 0; i < atol(argv[2]); i++) {
         size_t size = mutate(input);
-        look(input, size, 1 + below(below(2) ? 8 : 64));
+        look(input, size, 1 + below(below(2) ? 8 : 256));
     }
     printf("%zu vectors, %s mutations\n", count, argv[2]);
     for (size_t i = 0; i < count; i++)
