@@ -36,9 +36,13 @@ static void *serve(void *loop)
     while ((told = mprpc_loop_turn(l, replies, size, sizes, count)) >= 0) {
         const struct mprpc_record *records = mprpc_loop_records(l);
         struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
+        struct mprpc_ticket cancelled[8];
         uint64_t more;
-        if (told & MPRPC_TURN_SLOW)
-            mprpc_loop_incidents(l, incidents, &more); /* one too many was refused; a loop with news does not stop */
+        if (told & MPRPC_TURN_SLOW) { /* a loop with news does not stop */
+            mprpc_loop_incidents(l, incidents, &more);
+            while (mprpc_loop_cancelled(l, cancelled, 8) == 8)
+                continue;
+        }
         size = 0;
         count = (size_t)(told & MPRPC_TURN_COUNT);
         for (size_t i = 0; i < count; i++) {
