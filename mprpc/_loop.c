@@ -963,6 +963,21 @@ static void drained(struct mprpc_loop *l, struct connection *c, ssize_t n)
         destroy(l, c, 0);
 }
 
+/* So many bytes more than before, at `bytes`, which are the arena's or (own) c->in's. */
+static void arrived(struct mprpc_loop *l, struct connection *c, uint8_t *bytes, size_t more, size_t before, int own)
+{
+    l->now = clock_ns(); /* not from before they were here: a thread that slept in between would end deadlines too early */
+    if (!own) {
+        consume(l, c, bytes, before + more, l->now, 0);
+        return;
+    }
+    c->in.size += more;
+    if (c->in.size >= c->session.need)
+        consume(l, c, c->in.at, c->in.size, l->now, 1);
+    else
+        keep(l, c, 0, c->in.size);
+}
+
 static void readable(struct mprpc_loop *l, struct connection *c)
 {
     uint8_t *at = l->arena + l->arena_size;
@@ -996,15 +1011,8 @@ static void readable(struct mprpc_loop *l, struct connection *c)
         peer_ended(l, c);
     else if (c->ended)
         drained(l, c, n);
-    else if (!own)
-        consume(l, c, at - before, before + (size_t)n, l->now, 0);
-    else {
-        c->in.size += (size_t)n;
-        if (c->in.size >= c->session.need)
-            consume(l, c, c->in.at, c->in.size, l->now, 1);
-        else
-            keep(l, c, 0, c->in.size);
-    }
+    else
+        arrived(l, c, at - before, (size_t)n, before, own);
 }
 
 /* Frames that the last turn had no room for. Those that still find none stay in order. */
