@@ -7,7 +7,7 @@
  * While a handler runs the loop, the batch and the Server belong to nobody: the crew may give them to another thread
  * (`_crew.c`). The thread that comes back touches them only if it still leads; else the response in its hands is all it
  * has, and the owner's `_relieved` sends it. A method that is known to take long goes to the owner's `_queue` instead. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1 /* as Python.h does */
 #include "_crew.h"
 #include "_fast.h"
 #include "_fork.h"

@@ -498,8 +498,9 @@ class UnaryCall(_Call, Generic[Request, Response]):
 
 
 def policy_of(config: MprpcConfig, method: MethodDescriptor) -> Policy:
+    has_options = getattr(method, "has_options", True)  # protobuf 5 does not say; GetOptions imports more
     return Policy(
-        method.has_options and method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN,  # it imports more
+        has_options and method.GetOptions().idempotency_level != _IDEMPOTENCY_UNKNOWN,
         config.retries,
         config.retry_backoff,
         config.retry_backoff_max,
