@@ -8,6 +8,7 @@ known to take long. One thread more than there is work for is kept, and started 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -47,6 +48,7 @@ class Crew:
             raise MemoryError
         self._handle = ffi.gc(handle, lib.mprpc_crew_free)
         self._loops = loops
+        self._pid = os.getpid()
         self._jobs: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()  # of the jobs, which are as many as C knows of, and of starting a thread
         self._threads: list[_Thread] = []
@@ -117,6 +119,10 @@ class Crew:
                 self._take_job()()
             elif leads:
                 self._loops[work].lead(member)
+        if os.getpid() != self._pid:
+            # A child that a handler has forked, back from it. Its process ends with this thread, its only one; the
+            # destructors of libraries would wait there for threads that only the parent has.
+            os._exit(0)
 
     def _start_another(self) -> None:
         try:

@@ -30,7 +30,9 @@ def _children() -> dict[int, bytes]:
 
 
 def _leftovers(threads: set[threading.Thread], children: dict[int, bytes]) -> list[str]:
-    stayed = [f"thread {each.name}" for each in threading.enumerate() if each not in threads]
+    crews = {getattr(each, "crew", None) for each in threads} - {None}  # of providers that serve several tests
+    there = [each for each in threading.enumerate() if getattr(each, "crew", None) not in crews]
+    stayed = [f"thread {each.name}" for each in there if each not in threads]
     return stayed + [f"process {pid} {line!r}" for pid, line in _children().items() if pid not in children]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -602,7 +603,15 @@ def test_a_signal_ends_a_process_whose_handlers_never_return(number: signal.Sign
 
 
 def test_a_handler_may_fork(capfd: pytest.CaptureFixture[str]) -> None:
-    """The child has none of the threads: it ends with its handler, and stop() there waits for nobody."""
+    """The child has none of the threads: it ends with its handler, and stop() there waits for nobody.
+
+    Nor do libraries: libuv's destructor, for one, joins threads that only the parent has.
+    """
+    with contextlib.suppress(ImportError):
+        uvloop = importlib.import_module("uvloop")
+        loop = uvloop.new_event_loop()
+        loop.run_until_complete(loop.getaddrinfo("localhost", 80))
+        loop.close()
     codes: list[int] = []
 
     def login(request: Any, controller: Any) -> Any:
