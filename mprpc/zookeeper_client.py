@@ -154,7 +154,11 @@ class ZooKeeperClient:
         """Close the session and release everything, within `timeout` seconds; False if kazoo hangs longer than that."""
         grace = timeout * CLOSE_GRACE if self._kazoo.connected else min(timeout, HANDSHAKE_GRACE)
         closer = threading.Thread(target=self._close, name="mprpc-registry-close", daemon=True)
-        closer.start()
+        try:
+            closer.start()
+        except RuntimeError:  # the interpreter is ending, which from 3.12 on starts no thread any more
+            self.abandon()
+            return True
         closer.join(grace)
         if closer.is_alive():
             self._handler.abort()
