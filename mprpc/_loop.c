@@ -205,6 +205,7 @@ struct task { /* from another thread */
     struct mprpc_ticket ticket;
     int fd; /* a connection to take over, -1: an answer */
     struct mprpc_wire *wire; /* of that connection, or NULL */
+    struct connection *moved; /* from another loop, or NULL */
     int32_t status;
     uint8_t not_run;
     uint32_t text_size, details_size;
@@ -246,6 +247,9 @@ struct mprpc_loop {
     atomic_uint *crowd; /* the connections of each process that accepts on `shared`, ours at crowd_mine */
     size_t crowd_count, crowd_mine;
     uint64_t yield_until; /* FOREVER: `shared` is watched */
+    struct mprpc_placement *placement; /* of `loops`, in which this one has a number; or NULL */
+    uint32_t number, active; /* loops at work when last looked at */
+    int even;                /* since then this one has had no more connections than another */
 
     int wake[2];
     pthread_mutex_t mutex; /* of what follows */
@@ -262,7 +266,7 @@ struct mprpc_loop {
     uint64_t incidents_lost;
     _Atomic uint64_t counts[MPRPC_REASONS];
     atomic_uint open; /* connections, read by the accepting loop */
-    uint64_t accepted, taken, broken, in_flight; /* written by whoever turns the loop, read by any */
+    uint64_t accepted, taken, broken, in_flight, moved; /* written by whoever turns the loop, read by any */
     uint64_t began;                              /* the handler that runs, or would be next */
     struct mprpc_tally *tallies;                 /* of each method */
     struct mprpc_gate *gates;                    /* NULL: everything is let in */
@@ -399,30 +403,41 @@ static void weigh(struct mprpc_loop *l, struct connection *c)
     c->weighed = c->in.room;
 }
 
+/* The loop has it no more: its number finds nobody. */
+static void part_from(struct mprpc_loop *l, struct connection *c)
+{
+    l->buffered -= c->weighed;
+    unlist(c);
+    atomic_fetch_sub(&l->open, 1u);
+    poller_remove(&l->poller, c->fd);
+    l->connections[c->slot] = NULL;
+    l->generations[c->slot]++;
+    l->free_slots[l->free_count++] = c->slot;
+}
+
+static void discard(struct connection *c)
+{
+    mprpc_session_free(&c->session);
+    mprpc_bytes_free(&c->in);
+    mprpc_bytes_free(&c->out);
+    free(c);
+}
+
 static void destroy(struct mprpc_loop *l, struct connection *c, int reset)
 {
     struct linger abort = {1, 0};
 
-    l->buffered -= c->weighed;
-    unlist(c);
     if (c->session.in_flight)
         cancelled(l, key_of(c), 0);
     mprpc_count(&l->in_flight, (uint64_t)0 - c->session.in_flight);
-    atomic_fetch_sub(&l->open, 1u);
-    poller_remove(&l->poller, c->fd);
+    part_from(l, c);
     if (reset)
         setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &abort, sizeof abort);
     if (c->wire)
         mprpc_wire_close(c->wire);
     else
         mprpc_descriptor_close(c->fd);
-    l->connections[c->slot] = NULL;
-    l->generations[c->slot]++;
-    l->free_slots[l->free_count++] = c->slot;
-    mprpc_session_free(&c->session);
-    mprpc_bytes_free(&c->in);
-    mprpc_bytes_free(&c->out);
-    free(c);
+    discard(c);
 }
 
 /* Ends our side once all is sent, then waits, bounded, for the peer to end its own: closing with unread input would
@@ -571,12 +586,80 @@ static void writable(struct mprpc_loop *l, struct connection *c)
     }
 }
 
-/* What a connection needs after the last answer it was waiting for: a classic one ends with it. */
+/* ---- from loop to loop ---- */
+
+/* Nothing of it is under way in this loop: no call, so no ticket names it, and no byte either way. */
+static int rests(const struct mprpc_loop *l, const struct connection *c)
+{
+#ifndef MPRPC_PLANT_HASTY /* for the tests, which must find it: a call's answer would find nobody */
+    if (c->session.in_flight)
+        return 0;
+#endif
+    return !c->in.size && !c->session.skip && c->out.size == c->sent && !c->list &&
+           !(c->waiting | c->parked | c->ended | c->deserted | c->peer_end) && !l->draining;
+}
+
+/* The loop that has the fewest connections of those at work, if this one has more than another: else NULL. */
+static struct mprpc_loop *elsewhere(struct mprpc_loop *l)
+{
+    uint32_t active = mprpc_placement_active(l->placement);
+    struct mprpc_loop *to = NULL;
+    unsigned fewest = UINT_MAX;
+
+    if (active != l->active) {
+        l->active = active;
+        l->even = 0;
+    }
+    if (l->number < active && l->even)
+        return NULL;
+    for (uint32_t i = 0; i < active; i++) {
+        unsigned open = atomic_load(&l->loops[i]->open);
+        if (open < fewest) {
+            fewest = open;
+            to = l->loops[i];
+        }
+    }
+    if (l->number < active && fewest + 1 >= atomic_load(&l->open)) {
+        l->even = 1;
+        return NULL;
+    }
+    return to;
+}
+
+static void append(struct mprpc_loop *l, struct task *t);
+
+/* Not to a loop that leaves: who is to hear GOAWAY stays where it will be said. */
+static void move(struct mprpc_loop *l, struct connection *c, struct mprpc_loop *to)
+{
+    struct task *t = calloc(1, sizeof *t);
+
+    if (!t)
+        return; /* it stays */
+    pthread_mutex_lock(&to->mutex);
+    if (to->closed || to->grace != FOREVER) {
+        pthread_mutex_unlock(&to->mutex);
+        free(t);
+        return;
+    }
+    atomic_fetch_add(&to->open, 1u); /* before it is counted here no more */
+    part_from(l, c);
+    mprpc_count(&l->moved, 1);
+    t->fd = c->fd;
+    t->moved = c;
+    append(to, t);
+    pthread_mutex_unlock(&to->mutex);
+}
+
+/* What a connection needs after the last answer it was waiting for: a classic one ends with it. It may be gone then. */
 static void answered(struct mprpc_loop *l, struct connection *c)
 {
+    struct mprpc_loop *to;
+
     c->used = l->now;
     if (c->session.in_flight == 0 && (c->session.dialect == MPRPC_CLASSIC || c->peer_end))
         end(l, c);
+    else if (l->placement && rests(l, c) && (to = elsewhere(l)))
+        move(l, c, to);
 }
 
 /* One answer, straight to its connection. */
@@ -1148,40 +1231,53 @@ static void refuse(int fd, struct mprpc_wire *wire)
         reset(fd);
 }
 
-/* l->open was counted by the loop that accepted it. */
+/* l->open was counted by the loop that sent it here. 0, or -1: it was refused, and c is no more. */
+static int settle(struct mprpc_loop *l, struct connection *c)
+{
+    if (l->free_count == 0 && slots_grow(l)) {
+        incident(l, c->fd, MPRPC_NO_MEMORY);
+        goto refused;
+    }
+    c->session.counts = l->counts;
+    c->slot = l->free_slots[l->free_count - 1];
+    c->generation = l->generations[c->slot];
+    c->events = IN;
+    c->used = l->now;
+    if (poller_set(&l->poller, c->fd, key_of(c), IN, 1))
+        goto refused;
+    l->free_count--;
+    l->connections[c->slot] = c;
+    return 0;
+refused:
+    atomic_fetch_sub(&l->open, 1u);
+    refuse(c->fd, c->wire);
+    discard(c);
+    return -1;
+}
+
 static void establish(struct mprpc_loop *l, int fd, struct mprpc_wire *wire)
 {
     int on = 1;
     struct connection *c = calloc(1, sizeof *c);
 
-    if (!c || (l->free_count == 0 && slots_grow(l))) {
+    if (!c) {
         incident(l, fd, MPRPC_NO_MEMORY);
-        goto refused;
+        atomic_fetch_sub(&l->open, 1u);
+        refuse(fd, wire);
+        return;
     }
     mprpc_session_init(&c->session, l->services, l->limits.payload_max, (int)l->limits.classic);
     c->session.calls_max = l->limits.calls_max;
-    c->session.counts = l->counts;
     c->session.draining = (uint8_t)(l->draining != 0); /* without GOAWAY: it may be a classic one */
     c->fd = fd;
     c->wire = wire;
-    c->slot = l->free_slots[l->free_count - 1];
-    c->generation = l->generations[c->slot];
-    c->events = IN;
-    c->used = l->now;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a unix socket has none */
-    if (poller_set(&l->poller, fd, key_of(c), IN, 1))
-        goto refused;
-    l->free_count--;
-    l->connections[c->slot] = c;
-    mprpc_count(&l->accepted, 1);
-    return;
-refused:
-    free(c);
-    atomic_fetch_sub(&l->open, 1u);
-    refuse(fd, wire);
+    if (settle(l, c) == 0)
+        mprpc_count(&l->accepted, 1);
 }
 
-/* With the mutex held: a loop that has stopped has closed its descriptors under it. */
+
+/* With the mutex held, as append: a loop that has stopped has closed its descriptors under it. */
 static void awaken(struct mprpc_loop *l)
 {
     if (l->wake[1] < 0)
@@ -1190,36 +1286,54 @@ static void awaken(struct mprpc_loop *l)
     (void)n;
 }
 
+static void append(struct mprpc_loop *l, struct task *t)
+{
+    t->next = NULL;
+    *l->tasks_end = t;
+#ifdef MPRPC_PLANT_STRANDED /* for the tests, which must find it: who was handed on waits for what others do */
+    if (t->moved) {
+        l->tasks_end = &t->next;
+        return;
+    }
+#endif
+    if (l->tasks == t)
+        awaken(l);
+    l->tasks_end = &t->next;
+}
+
+/* Nobody will perform it. */
+static void drop(struct mprpc_loop *l, struct task *t)
+{
+    if (t->fd >= 0) {
+        atomic_fetch_sub(&l->open, 1u);
+        refuse(t->fd, t->wire);
+    }
+    if (t->moved)
+        discard(t->moved);
+    free(t);
+}
+
 static void post(struct mprpc_loop *l, struct task *t)
 {
     pthread_mutex_lock(&l->mutex);
-    int first = l->tasks == NULL, closed = l->closed;
-    if (!closed) {
-        t->next = NULL;
-        *l->tasks_end = t;
-        l->tasks_end = &t->next;
-        if (first)
-            awaken(l);
-    }
+    int closed = l->closed;
+    if (!closed)
+        append(l, t);
     pthread_mutex_unlock(&l->mutex);
-    if (closed) {
-        if (t->fd >= 0) {
-            atomic_fetch_sub(&l->open, 1u);
-            refuse(t->fd, t->wire);
-        }
-        free(t);
-    }
+    if (closed)
+        drop(l, t);
 }
 
 static void spread(struct mprpc_loop *l, int fd)
 {
     struct mprpc_loop *to = l->loops[0];
+    uint32_t active = l->placement ? mprpc_placement_active(l->placement) : UINT32_MAX;
     unsigned total = 0, fewest = UINT_MAX;
 
     for (size_t i = 0; i < l->loops_count; i++) {
         unsigned open = atomic_load(&l->loops[i]->open);
         total += open;
-        if (open < fewest) {
+        if (i < active && open < fewest) {
             fewest = open;
             to = l->loops[i];
         }
@@ -1246,7 +1360,8 @@ static void spread(struct mprpc_loop *l, int fd)
 
 static void open_spare(struct mprpc_loop *l)
 {
-    l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (l->spare < 0)
+        l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (l->spare >= 0)
         mprpc_descriptor_keep(l->spare);
 }
@@ -1436,8 +1551,11 @@ static void perform(struct mprpc_loop *l, struct task *t)
                             .details = t->bytes + t->text_size, .details_size = t->details_size};
 
     if (t->fd >= 0 && l->ending) {
-        atomic_fetch_sub(&l->open, 1u);
-        refuse(t->fd, t->wire);
+        drop(l, t);
+        return;
+    }
+    if (t->moved) {
+        settle(l, t->moved);
     } else if (t->fd >= 0) {
         establish(l, t->fd, t->wire);
     } else {
@@ -1590,6 +1708,7 @@ static void let_go(struct mprpc_loop *l)
     close_if(&l->wake[1]);
     pthread_mutex_unlock(&l->mutex);
 }
+
 
 int64_t mprpc_loop_turn(struct mprpc_loop *l, const uint8_t *replies, size_t size, const int32_t *sizes, size_t count)
 {
@@ -1760,7 +1879,8 @@ void mprpc_loop_counts(struct mprpc_loop *l, uint64_t *to)
 void mprpc_loop_statistics(struct mprpc_loop *l, struct mprpc_loop_statistics *to)
 {
     *to = (struct mprpc_loop_statistics){atomic_load(&l->open), mprpc_counted(&l->accepted), mprpc_counted(&l->taken),
-                                         mprpc_counted(&l->broken), mprpc_counted(&l->in_flight)};
+                                         mprpc_counted(&l->broken), mprpc_counted(&l->in_flight),
+                                         mprpc_counted(&l->moved)};
 }
 
 void mprpc_loop_tally(struct mprpc_loop *l, uint32_t method, struct mprpc_tally *to)
@@ -1817,7 +1937,6 @@ static int spread_over(struct mprpc_loop *l, struct mprpc_loop **loops, size_t c
 {
     if (l->loops)
         return 0;
-    open_spare(l);
     l->loops = calloc(count, sizeof *loops);
     if (!l->loops)
         return -1;
@@ -1826,8 +1945,25 @@ static int spread_over(struct mprpc_loop *l, struct mprpc_loop **loops, size_t c
     return 0;
 }
 
+int mprpc_loop_place(struct mprpc_loop **loops, size_t count, struct mprpc_placement *placement)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (spread_over(loops[i], loops, count) < 0)
+            return -1;
+        loops[i]->placement = placement;
+        loops[i]->number = (uint32_t)i;
+    }
+    return 0;
+}
+
+struct mprpc_placement *mprpc_loop_placement(const struct mprpc_loop *l)
+{
+    return l->placement;
+}
+
 int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **loops, size_t count)
 {
+    open_spare(l);
     if (spread_over(l, loops, count) < 0 || poller_set(&l->poller, listener, KEY_LISTENER, IN, 1) < 0)
         return -1;
     l->listener = listener;
@@ -1838,6 +1974,7 @@ int mprpc_loop_listen(struct mprpc_loop *l, int listener, struct mprpc_loop **lo
 int mprpc_loop_share(struct mprpc_loop *l, int listener, struct mprpc_loop **loops, size_t count, void *crowd,
                      size_t processes, size_t mine)
 {
+    open_spare(l);
     if (spread_over(l, loops, count) < 0 || poller_set(&l->poller, listener, KEY_SHARED, IN, 1) < 0)
         return -1;
     l->shared = listener;
@@ -1858,9 +1995,7 @@ void mprpc_loop_free(struct mprpc_loop *l)
             destroy(l, l->connections[i], 0);
     for (struct task *t = l->tasks, *next; t; t = next) {
         next = t->next;
-        if (t->fd >= 0)
-            refuse(t->fd, t->wire);
-        free(t);
+        drop(l, t);
     }
     while (l->held_count)
         free(l->held[--l->held_count]);

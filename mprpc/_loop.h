@@ -6,6 +6,7 @@
 #include "_session.h"
 #include "_tally.h"
 #include "_gate.h"
+#include "_placement.h"
 #include "_wire.h"
 
 enum {
@@ -63,6 +64,7 @@ struct mprpc_ticket {
 
 struct mprpc_loop_statistics {
     uint64_t connections, accepted, requests, broken, in_flight;
+    uint64_t moved; /* connections handed on to another loop */
 };
 
 struct mprpc_loop;
@@ -80,6 +82,12 @@ int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop *
  * goes to a process that has few; when the loop drains it leaves the socket to the others at once. */
 int mprpc_loop_share(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count, void *crowd,
                      size_t processes, size_t mine);
+
+/* Before the first turn, for all of a provider's loops: `placement` says how many of them are at work. Connections that
+ * belong elsewhere are handed on when nothing of theirs is under way. 0, or -1 without memory. */
+int mprpc_loop_place(struct mprpc_loop **loops, size_t count, struct mprpc_placement *placement);
+/* NULL: every connection stays. */
+struct mprpc_placement *mprpc_loop_placement(const struct mprpc_loop *loop);
 
 enum {
     MPRPC_TURN_STOPPED = -1, /* nothing left to do, for good */

@@ -6,7 +6,18 @@ the documentation. `...` leaves out what Python does not touch.
 
 from cffi import FFI
 
-HEADERS = ("_codec.h", "_session.h", "_wire.h", "_tally.h", "_loop.h", "_crew.h", "_load.h", "_channel.h", "_mailbox.h")
+HEADERS = (
+    "_codec.h",
+    "_session.h",
+    "_wire.h",
+    "_tally.h",
+    "_placement.h",
+    "_loop.h",
+    "_crew.h",
+    "_load.h",
+    "_channel.h",
+    "_mailbox.h",
+)
 SOURCES = tuple(header.replace(".h", ".c") for header in (*HEADERS, "_keeper.h", "_fork.h"))
 FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
@@ -109,7 +120,7 @@ struct mprpc_incident { int64_t reason; char peer[...]; ...; };
 struct mprpc_window { uint64_t samples, nanoseconds, refused; uint32_t peak; ...; };
 #define MPRPC_NO_GATE ...
 struct mprpc_ticket { uint64_t connection, call_id; ...; };
-struct mprpc_loop_statistics { uint64_t connections, accepted, requests, broken, in_flight; };
+struct mprpc_loop_statistics { uint64_t connections, accepted, requests, broken, in_flight, moved; };
 #define MPRPC_TALLY_LEAST ...
 #define MPRPC_TALLY_BUCKETS ...
 uint32_t mprpc_tally_bucket(uint64_t ns);
@@ -152,6 +163,15 @@ void mprpc_loop_window(struct mprpc_loop *loop, size_t gate, struct mprpc_window
 void mprpc_loop_admit(struct mprpc_loop *loop, size_t gate, uint32_t limit);
 void mprpc_loop_counts(struct mprpc_loop *loop, uint64_t *to);
 void mprpc_loop_statistics(struct mprpc_loop *loop, struct mprpc_loop_statistics *to);
+
+struct mprpc_placement { ...; };
+struct mprpc_stint { uint64_t since, processor, waited, held, bytes; uint32_t requests, long_runs; };
+uint32_t mprpc_placement_active(const struct mprpc_placement *placement);
+void mprpc_placement_init(struct mprpc_placement *placement, uint32_t loops);
+void mprpc_placement_tell(struct mprpc_placement *placement, struct mprpc_stint *stint, uint64_t now);
+#define MPRPC_STINT ...
+#define MPRPC_STINT_MIN ...
+int mprpc_loop_place(struct mprpc_loop **loops, size_t count, struct mprpc_placement *placement);
 
 #define MPRPC_CREW_PERIOD ...
 #define MPRPC_CREW_JOB ...

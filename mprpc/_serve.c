@@ -52,6 +52,8 @@ typedef struct {
     struct mprpc_pace *paces; /* of each; the owner keeps them alive */
     size_t payload_max, at_once;
     int contended;        /* a thread that leads no loop computes */
+    struct mprpc_stint stint; /* what it tells `placement`, which is NULL for the only loop */
+    struct mprpc_placement *placement;
     uint64_t since, keep; /* when the interpreter's lock was got, and ns to keep it from such a thread */
     uint32_t index; /* of the request whose handler runs */
     struct batch batch;
@@ -219,6 +221,7 @@ static int put(Server *s, uint32_t i, const struct method *m, PyObject *reply)
         raised(s, i, m, 0);
         return 0;
     }
+    s->stint.bytes += (size_t)size;
     if ((size_t)size > s->payload_max) {
         refuse(s, i, m, size);
     } else if ((size_t)size >= s->at_once) {
@@ -400,6 +403,7 @@ static void begin(Server *s, int64_t told)
     b->count = (uint32_t)(told & MPRPC_TURN_COUNT);
     b->next = 0;
     b->slow = (told & MPRPC_TURN_SLOW) != 0;
+    s->stint.requests += b->count;
     b->timed = mprpc_loop_expiry(s->loop) != UINT64_MAX;
     if (b->replies.room > REPLIES_MAX)
         mprpc_bytes_free(&b->replies);
@@ -428,13 +432,18 @@ static int64_t turn(Server *s)
     }
     if (told)
         return told;
+    s->stint.held += mprpc_loop_time(s->loop) - s->since;
     atomic_fetch_sub(&wanting, 1);
     Py_BEGIN_ALLOW_THREADS
     told = mprpc_loop_turn(s->loop, b->replies.at, b->replies.size, b->sizes, b->count);
     alone = atomic_fetch_add(&wanting, 1) == 0;
     Py_END_ALLOW_THREADS
-    s->contended = mprpc_loop_begin(s->loop) > CONTENDED && alone;
+    uint64_t waited = mprpc_loop_begin(s->loop);
+    s->contended = waited > CONTENDED && alone;
     s->since = mprpc_loop_time(s->loop);
+    s->stint.waited += waited;
+    if (s->placement)
+        mprpc_placement_tell(s->placement, &s->stint, s->since);
     return told;
 }
 
@@ -444,6 +453,8 @@ static int lead(Server *s, struct mprpc_member *member)
     struct batch *b = &s->batch;
     unsigned forks = mprpc_forks;
 
+    s->placement = mprpc_loop_placement(s->loop);
+    s->stint.processor = 0; /* another thread's */
     if (s->running)
         take_over(s);
     for (;;) {
@@ -457,6 +468,8 @@ static int lead(Server *s, struct mprpc_member *member)
             if (end == RELIEVED)
                 return 0;
             uint64_t took = mprpc_loop_ran(s->loop, i, b->sizes[i] >= 0);
+            s->stint.long_runs += took >= MPRPC_STINT_LONG;
+            s->stint.bytes += s->records[i].size;
             if (end == RAN)
                 mprpc_pace_add(&s->paces[s->records[i].method],
                                took < MPRPC_PACE_SLOW ? MPRPC_PACE_FAST : MPRPC_PACE_LONG);

@@ -77,6 +77,7 @@ class RpcProvider:
         self._lock = threading.RLock()
         self._loops: list[_Loop] = []
         self._crew: Crew | None = None
+        self._placement: Any = None  # the loops point to it
         self._address = ""
         self._registry: Registry | None = None
         self._publication: Publication | None = None
@@ -187,8 +188,8 @@ class RpcProvider:
             for _ in range(self._config.loops)
         ]
         handles = ffi.new("struct mprpc_loop *[]", [loop.handle for loop in loops])
-        failed = 0
-        if listener is not None:
+        failed = self._place(handles)
+        if listener is not None and not failed:
             failed = lib.mprpc_loop_listen(loops[0].handle, listener.fileno(), handles, len(loops))
         if worker is not None and not failed:
             failed = _share(loops[0].handle, handles, worker)
@@ -199,6 +200,13 @@ class RpcProvider:
         self._loops = loops
         self._crew = Crew(loops, self._config.handler_threads, self._config.max_queued)
         self._crew.start()
+
+    def _place(self, loops: Any) -> int:
+        if len(loops) == 1:
+            return 0
+        self._placement = ffi.new("struct mprpc_placement *")
+        lib.mprpc_placement_init(self._placement, len(loops))
+        return int(lib.mprpc_loop_place(loops, len(loops), self._placement))
 
     def _queue(self, job: Callable[[], None]) -> bool:
         return self._crew is not None and self._crew.queue(job)

@@ -83,14 +83,16 @@ class MethodStatistics(NamedTuple):
 class ProviderStatistics(NamedTuple):
     """A provider's calls and connections since its start.
 
-    `methods`: by full name, `package.Service.Method`; calls that found no method are in none. `connections`: open ones;
-    `accepted`: ever; `broken`: ended by the provider for what their peers sent, or didn't send in time. `in_flight`:
-    calls whose callers wait. `beside`: handlers that run on threads beside the loops, of `handler_threads`; `queued`:
-    calls that wait for such a thread, of `max_queued`; `relieved`: how often a handler took long by surprise.
+    `methods`: by full name, `package.Service.Method`; calls that found no method are in none. `connections`: open ones,
+    `loops`: the same for each loop (small, quick calls gather in one); `accepted`: ever; `broken`: ended by the provider
+    for what their peers sent, or didn't send in time. `in_flight`: calls whose callers wait. `beside`: handlers that run
+    on threads beside the loops, of `handler_threads`; `queued`: calls that wait for such a thread, of `max_queued`;
+    `relieved`: how often a handler took long by surprise.
     """
 
     methods: Mapping[str, MethodStatistics]
     connections: int
+    loops: tuple[int, ...]
     accepted: int
     broken: int
     in_flight: int
@@ -151,6 +153,7 @@ def provider_statistics(handles: list[Any], methods: list[str], crew: Any) -> Pr
     return ProviderStatistics(
         MappingProxyType(by_method),
         connections=sum(each.connections for each in counted),
+        loops=tuple(each.connections for each in counted[0 : len(handles)]),
         accepted=sum(each.accepted for each in counted),
         broken=sum(each.broken for each in counted),
         in_flight=sum(each.in_flight for each in counted),

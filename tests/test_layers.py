@@ -66,16 +66,17 @@ BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_codec": set(),
     "_tally": set(),
     "_gate": set(),
+    "_placement": set(),
     "_session": {"_codec"},
     "_fork": set(),
     "_wire": {"_codec", "_session", "_fork"},
-    "_loop": {"_codec", "_session", "_fork", "_wire", "_tally", "_gate"},
+    "_loop": {"_codec", "_session", "_fork", "_wire", "_tally", "_gate", "_placement"},
     "_crew": {"_fork"},
     "_load": set(),
 }
 # What holds Python objects, above the rest.
 FAST = {"_fast", "_call", "_serve", "_context"}
-BELOW |= {unit: {"_fast", *CHANNEL, "_tally", "_loop", "_crew"} for unit in FAST}
+BELOW |= {unit: {"_fast", *CHANNEL, "_tally", "_loop", "_placement", "_crew"} for unit in FAST}
 SYSTEM = re.compile(r"sys/|netinet/|arpa/|poll\.h|pthread\.h|unistd\.h|time\.h|signal\.h|fcntl\.h")
 
 

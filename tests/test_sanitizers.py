@@ -129,7 +129,15 @@ def test_stories_that_went_wrong_once(build: Build, memory: bool) -> None:
 def test_loops_and_connections_under_load(build: Build, memory: bool, poller: str) -> None:
     """poller: that of the loop that accepts; the other loop has the other."""
     said = runs(build("stress", memory, *UNITS), "2", *(["poll"] if poller == "poll" else []))
-    assert re.fullmatch(r"(\w+( \w+)? [1-9]\d*(, )?){8}\n", said), said
+    assert re.fullmatch(r"(\w+( \w+)? [1-9]\d*(, )?){9}\n", said), said
+
+
+@pytest.mark.parametrize("plant", ["HASTY", "STRANDED"])
+def test_connections_handed_on_wrongly_are_found(build: Build, plant: str) -> None:
+    """HASTY: one with calls in flight. STRANDED: without waking the loop that gets it."""
+    ran = _run([str(build("stress", True, *UNITS, plant=f"MPRPC_PLANT_{plant}")), "2"])
+    assert ran.returncode != 0
+    assert "does not hold" in ran.stderr
 
 
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "threads"])

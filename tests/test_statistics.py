@@ -180,7 +180,7 @@ def test_statistics_before_the_start_and_after_the_end() -> None:
     from mprpc import MprpcConfig, RpcProvider
 
     unstarted = RpcProvider(MprpcConfig())
-    assert unstarted.statistics() == ({}, 0, 0, 0, 0, 0, 0, 0)
+    assert unstarted.statistics() == ({}, 0, (), 0, 0, 0, 0, 0, 0)
 
 
 def test_snapshots_are_taken_from_any_thread_and_never_go_back() -> None:

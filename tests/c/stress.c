@@ -1,6 +1,6 @@
-/* stress ROUNDS [poll]: loops and connections under load, for the sanitizers. Two loops echo; eight threads call
+/* stress ROUNDS [poll]: loops and connections under load, for the sanitizers. Three loops echo; eight threads call
  * through one connection at a time, and each answer must be its caller's own. Meanwhile calls time out, are
- * interrupted, cancelled by other threads, and end as mail, connections are closed and made again, strangers send rubbish, and at the
+ * interrupted, cancelled by other threads, and end as mail, connections are closed and made again, and handed from loop to loop, strangers send rubbish, and at the
  * end of every round the loops stop while calls are in flight. Request payloads: 8 bytes that no other call has, then
  * what is asked for, then filling. */
 #define _GNU_SOURCE
@@ -22,7 +22,8 @@
 #include "_mailbox.h"
 
 enum {
-    LOOPS = 2,
+    LOOPS = 3,
+    MOVERS = 4,
     CALLERS = 8,
     ANSWERERS = 2,
     CALLS = 250,       /* of one thread in one round */
@@ -35,7 +36,11 @@ enum {
 };
 enum { ECHO, SLOW, FAIL, AT_ONCE, METHODS }; /* what the byte at KEY asks for; the method's index too */
 
-static const uint64_t PATIENT = 20000000000; /* ns */
+#if defined MPRPC_PLANT_HASTY || defined MPRPC_PLANT_STRANDED
+static const uint64_t PATIENT = 3000000000; /* ns; what is planted shows as a call without an answer */
+#else
+static const uint64_t PATIENT = 20000000000;
+#endif
 
 #define MUST(what) ((what) ? (void)0 : fail(#what, __LINE__))
 
@@ -45,7 +50,7 @@ static void fail(const char *what, int line)
     abort();
 }
 
-static _Atomic uint64_t answered, failed, timed_out, broken, interrupted, mailed, cancelled, withdrawn, keys;
+static _Atomic uint64_t answered, failed, timed_out, broken, interrupted, mailed, cancelled, withdrawn, moved, steps, keys;
 
 static uint32_t chance(uint64_t *state, uint32_t bound)
 {
@@ -74,6 +79,7 @@ struct job {
 static struct {
     struct mprpc_services *services;
     struct mprpc_loop *loops[LOOPS];
+    struct mprpc_placement placement;
     pthread_t turners[LOOPS], answerers[ANSWERERS];
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -181,6 +187,8 @@ static void start(int use_poll)
     provider.ending = 0;
     for (int i = 0; i < LOOPS; i++)
         MUST((provider.loops[i] = mprpc_loop_new(provider.services, &limits, (i + use_poll) % 2)) != NULL);
+    mprpc_placement_init(&provider.placement, LOOPS);
+    MUST(mprpc_loop_place(provider.loops, LOOPS, &provider.placement) == 0);
     MUST(mprpc_loop_listen(provider.loops[0], listener, provider.loops, LOOPS) == 0);
     for (int i = 0; i < LOOPS; i++)
         MUST(pthread_create(&provider.turners[i], NULL, turner, provider.loops[i]) == 0);
@@ -207,6 +215,7 @@ static void stop(void)
     for (int i = 0; i < LOOPS; i++) {
         mprpc_loop_statistics(provider.loops[i], &s);
         MUST(s.in_flight == 0 && s.connections == 0);
+        moved += s.moved;
     }
     for (int i = 0; i < LOOPS; i++)
         mprpc_loop_free(provider.loops[i]);
@@ -512,6 +521,42 @@ static void *stranger(void *unused)
     return unused;
 }
 
+/* Calls one at a time through connections of its own, so that they are handed from loop to loop all the time: this costs
+ * no call. */
+static void *mover(void *seed)
+{
+    struct mprpc_call *c = calloc(1, sizeof *c);
+    uint8_t *payload = malloc(HEAD + LARGEST), names[64];
+    uint64_t state = 362436069 + *(uint64_t *)seed * 521288629, timeout;
+    uint32_t method;
+
+    MUST(c && payload && (c->small = malloc(MPRPC_CALL_SMALL)));
+    while (!atomic_load(&channel.done)) {
+        int fd = dial();
+        struct mprpc_link *k = fd < 0 ? NULL : mprpc_link_new(fd, PAYLOAD_MAX);
+        for (int i = 0, whole = k != NULL; whole && i < CALLS && !atomic_load(&channel.done); i++) {
+            size_t size = fill(payload, &state, &timeout, &method), n = names_of(names, method);
+            atomic_store(&provider.placement.active, 1 + chance(&state, LOOPS));
+            int64_t outcome = mprpc_link_call(k, c, names, n, payload, size, PATIENT, 0, NULL);
+            while (outcome == MPRPC_CALL_INTERRUPTED)
+                outcome = mprpc_link_wait(k, c);
+            whole = outcome != MPRPC_CALL_BROKEN;
+            steps++;
+            MUST(whole || i == 0 || atomic_load(&channel.done)); /* the first may meet connections_max */
+            check(c, outcome, payload, size, method, PATIENT);
+            mprpc_call_clear(c);
+        }
+        if (k)
+            mprpc_link_close(k);
+        if (k)
+            mprpc_link_free(k);
+    }
+    free(c->small);
+    free(c);
+    free(payload);
+    return NULL;
+}
+
 static void on_signal(int number)
 {
     (void)number;
@@ -521,8 +566,8 @@ static void round_of(int use_poll)
 {
     static void *(*const others[])(void *) = {poster, owner, stranger, canceller};
     enum { OTHERS = sizeof others / sizeof *others };
-    pthread_t callers[CALLERS], other[OTHERS];
-    uint64_t seeds[CALLERS], before = answered;
+    pthread_t callers[CALLERS], movers[MOVERS], other[OTHERS];
+    uint64_t seeds[CALLERS], before = answered, stepped = steps;
 
     start(use_poll);
     channel.done = 0;
@@ -531,9 +576,11 @@ static void round_of(int use_poll)
         seeds[i] = keys * CALLERS + (uint64_t)i;
         MUST(pthread_create(&callers[i], NULL, caller, &seeds[i]) == 0);
     }
+    for (int i = 0; i < MOVERS; i++)
+        MUST(pthread_create(&movers[i], NULL, mover, &seeds[i]) == 0);
     for (int i = 0; i < OTHERS; i++)
         MUST(pthread_create(&other[i], NULL, others[i], NULL) == 0);
-    for (int i = 0; answered < before + CALLERS * CALLS / 4; i++) {
+    for (int i = 0; answered < before + CALLERS * CALLS / 4 || steps < stepped + MOVERS * CALLS; i++) {
         nap(1000000);
         pthread_kill(callers[i % CALLERS], SIGUSR1); /* none has been joined */
         MUST(i < 60000);
@@ -542,6 +589,8 @@ static void round_of(int use_poll)
     stop(); /* with calls in flight */
     for (int i = 0; i < CALLERS; i++)
         pthread_join(callers[i], NULL);
+    for (int i = 0; i < MOVERS; i++)
+        pthread_join(movers[i], NULL);
     for (int i = 0; i < OTHERS; i++)
         pthread_join(other[i], NULL);
     if (channel.now)
@@ -570,10 +619,10 @@ int main(int argc, char **argv)
         round_of(argc > 2);
     mprpc_services_free(provider.services);
     printf("answered %llu, failed %llu, timed out %llu, broken %llu, interrupted %llu, mailed %llu, cancelled %llu, "
-           "withdrawn %llu\n",
+           "withdrawn %llu, moved %llu\n",
            (unsigned long long)answered, (unsigned long long)failed, (unsigned long long)timed_out,
            (unsigned long long)broken, (unsigned long long)interrupted, (unsigned long long)mailed,
-           (unsigned long long)cancelled, (unsigned long long)withdrawn);
-    MUST(answered && failed && timed_out && broken && interrupted && mailed && cancelled && withdrawn);
+           (unsigned long long)cancelled, (unsigned long long)withdrawn, (unsigned long long)moved);
+    MUST(answered && failed && timed_out && broken && interrupted && mailed && cancelled && withdrawn && moved);
     return 0;
 }
