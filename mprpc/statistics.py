@@ -83,11 +83,11 @@ class MethodStatistics(NamedTuple):
 class ProviderStatistics(NamedTuple):
     """A provider's calls and connections since its start.
 
-    `methods`: by full name, `package.Service.Method`; calls that found no method are in none. `connections`: open ones,
-    `loops`: the same for each loop (small, quick calls gather in one); `accepted`: ever; `broken`: ended by the
-    provider for what their peers sent, or didn't send in time. `in_flight`: calls whose callers wait. `beside`: handlers
-    that run on threads beside the loops, of `handler_threads`; `queued`: calls that wait for such a thread, of `max_queued`;
-    `relieved`: how often a handler took long by surprise.
+    `methods`: by full name, `package.Service.Method`; calls that found no method are in none. `connections`: open
+    ones, `loops`: the same for each loop (small, quick calls gather in one); `accepted`: ever; `broken`: ended by the
+    provider for what their peers sent, or didn't send in time. `in_flight`: calls whose callers wait. `beside`:
+    handlers that run on threads beside the loops, of `handler_threads`; `queued`: calls that wait for such a thread,
+    of `max_queued`; `relieved`: how often a handler took long by surprise.
     """
 
     methods: Mapping[str, MethodStatistics]
