@@ -3,9 +3,9 @@
  * response. Everything else is handed to that class's methods, which decide. Rules: who is in a call holds the Link, so
  * that its connection is freed under nobody; the call's state is on this thread's stack, so every way out of `attempt`
  * has ended or forgotten it; a call that has begun is counted once, with what it ended with. */
+#include "_call.h"
 #include "_fast.h"
 #include "_link.h"
-#include "_tally.h"
 
 #include <string.h>
 #include <structmember.h>
@@ -14,27 +14,7 @@ enum { CANCELLED = 1 };
 
 static const double LONGEST = 1e9; /* seconds; a longer timeout, such as infinity, means this one */
 
-/* A connection, for as long as anybody has this. */
-typedef struct {
-    PyObject_HEAD
-    struct mprpc_link *link;
-    PyObject *handle; /* cffi's, which frees the connection with itself */
-} Link;
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *kind, *serialize, *parse; /* the request's class; two functions of generated code */
-    PyObject *names;                    /* bytes: the method's, as the wire has them */
-    PyObject *next;                     /* a callable: whose turn it is; or NULL, since */
-    PyObject *endpoint;                 /* it is always this one's */
-    PyObject *counts;                   /* cffi's, which owns */
-    struct mprpc_tally *tally;          /* the channel's for this method */
-    uint64_t timeout;                   /* ns, where the call gives none */
-    Py_ssize_t payload_max;
-    unsigned long long calls; /* that were plain; Python takes them away */
-    char plain;               /* 0: every call is for Python to decide */
-} Call;
-
+PyTypeObject *mprpc_call_type;
 static PyTypeObject *link_type;
 static PyObject *name_link, *name_general, *name_connect, *name_failed, *name_error, *name_parsed, *name_status; /* interned */
 
@@ -80,6 +60,11 @@ static PyType_Slot link_slots[] = {
     {0, NULL},
 };
 static PyType_Spec link_spec = {"mprpc._fast.Link", sizeof(Link), 0, Py_TPFLAGS_DEFAULT, link_slots};
+
+int mprpc_is_link(PyObject *object)
+{
+    return Py_TYPE(object) == link_type && ((Link *)object)->link;
+}
 
 /* ---- one attempt ---- */
 
@@ -164,7 +149,7 @@ static PyObject *attempt(Call *self, struct given *g, PyObject **error, uint64_t
 
 /* ---- what is counted ---- */
 
-static uint64_t begun(Call *self)
+uint64_t mprpc_call_begun(Call *self)
 {
     mprpc_tally_begin_shared(self->tally);
     return mprpc_clock();
@@ -198,7 +183,7 @@ static PyObject *ended(Call *self, uint64_t began, PyObject *response)
 static PyObject *call_begun(PyObject *self, PyObject *nothing)
 {
     (void)nothing;
-    return PyLong_FromUnsignedLongLong(((Call *)self)->tally ? begun((Call *)self) : 0);
+    return PyLong_FromUnsignedLongLong(((Call *)self)->tally ? mprpc_call_begun((Call *)self) : 0);
 }
 
 static PyObject *call_ended(PyObject *self, PyObject *const *args, Py_ssize_t count)
@@ -232,7 +217,7 @@ static int plain_arguments(PyObject *args, PyObject *kwargs, PyObject **request,
 }
 
 /* 1: ns is how long the call may take; 0: it is for Python to say. */
-static int plain_timeout(const Call *self, PyObject *timeout, uint64_t *ns)
+int mprpc_call_plain_timeout(const Call *self, PyObject *timeout, uint64_t *ns)
 {
     *ns = self->timeout;
     if (!timeout || timeout == Py_None)
@@ -260,7 +245,7 @@ static PyObject *general(Call *self, PyObject *args, PyObject *kwargs)
 }
 
 /* The connection of whose turn it is; NULL, with nothing set, where Python has to find one. */
-static Link *connected(Call *self, PyObject **endpoint)
+Link *mprpc_call_connected(Call *self, PyObject **endpoint)
 {
     PyObject *link = NULL;
 
@@ -269,7 +254,7 @@ static Link *connected(Call *self, PyObject **endpoint)
         Py_XINCREF(*endpoint);
     if (*endpoint && *endpoint != Py_None)
         link = PyObject_GetAttr(*endpoint, name_link);
-    if (link && Py_TYPE(link) == link_type && ((Link *)link)->link)
+    if (link && mprpc_is_link(link))
         return (Link *)link;
     Py_XDECREF(link);
     PyErr_Clear();
@@ -316,17 +301,17 @@ static PyObject *call(PyObject *object, PyObject *args, PyObject *kwargs)
     uint64_t began;
 
     if (!self->plain || mprpc_inherits() || !plain_arguments(args, kwargs, &request, &timeout) ||
-        (PyObject *)Py_TYPE(request) != self->kind || !plain_timeout(self, timeout, &g.timeout))
+        (PyObject *)Py_TYPE(request) != self->kind || !mprpc_call_plain_timeout(self, timeout, &g.timeout))
         return general(self, args, kwargs);
     self->calls++;
-    g.link = connected(self, &g.endpoint);
+    g.link = mprpc_call_connected(self, &g.endpoint);
     if (g.link)
         g.payload = PyObject_CallFunctionObjArgs(self->serialize, request, NULL);
     if (!g.link) {
-        began = begun(self);
+        began = mprpc_call_begun(self);
         response = ended(self, began, unconnected(self, request, timeout, g.endpoint));
     } else if (g.payload && PyBytes_Size(g.payload) <= self->payload_max) {
-        began = begun(self);
+        began = mprpc_call_begun(self);
         response = ended(self, began, call_plainly(self, &g));
     } else { /* Python serializes it again, to say what is wrong with it */
         PyErr_Clear();
@@ -414,11 +399,11 @@ static int call_init(PyObject *self, PyObject *args, PyObject *kwargs)
     Call *c = (Call *)self;
     PyObject *request_class, *response_class, *names, *next, *endpoint, *counts;
     unsigned long long timeout, tally;
-    Py_ssize_t payload_max;
+    Py_ssize_t payload_max, pending_max;
 
     call_clear(self);
-    if (!PyArg_ParseTuple(args, "OOSKnOKOO", &request_class, &response_class, &names, &timeout, &payload_max, &counts,
-                          &tally, &next, &endpoint))
+    if (!PyArg_ParseTuple(args, "OOSKnnOKOO", &request_class, &response_class, &names, &timeout, &payload_max,
+                          &pending_max, &counts, &tally, &next, &endpoint))
         return -1;
     if (kwargs || !tally) {
         PyErr_SetString(PyExc_TypeError, "Call() takes no keywords, and a tally");
@@ -439,6 +424,7 @@ static int call_init(PyObject *self, PyObject *args, PyObject *kwargs)
     }
     c->timeout = timeout;
     c->payload_max = payload_max;
+    c->pending_max = pending_max;
     c->serialize = PyObject_GetAttrString(request_class, "SerializeToString");
     c->parse = PyObject_GetAttrString(response_class, "FromString");
     c->plain = c->serialize && c->parse;
@@ -449,6 +435,10 @@ static PyMethodDef call_methods[] = {
     {"_send", call_send, METH_VARARGS, NULL},
     {"_begun", call_begun, METH_NOARGS, NULL},
     {"_ended", (PyCFunction)(void (*)(void))call_ended, METH_FASTCALL, NULL},
+    {"future", (PyCFunction)(void (*)(void))mprpc_call_future, METH_FASTCALL | METH_KEYWORDS,
+     "Starts the call and returns its future at once. Any thread.\n\n"
+     "It is a `concurrent.futures.Future`; `cancel()` tells the provider. Raises ResourceExhausted when the key\n"
+     "`max_pending` such calls of this process are in flight and none ends within this call's deadline."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -477,7 +467,7 @@ static int intern(PyObject **to, const char *name)
     return *to || (*to = PyUnicode_InternFromString(name)) ? 0 : -1;
 }
 
-static int add_type(PyObject *module, PyType_Spec *spec, const char *name, PyTypeObject **keep)
+int mprpc_add_type(PyObject *module, PyType_Spec *spec, const char *name, PyTypeObject **keep)
 {
     PyObject *type = PyType_FromSpec(spec);
 
@@ -498,5 +488,7 @@ int mprpc_add_call(PyObject *module)
         intern(&name_error, "_error") < 0 ||
         intern(&name_parsed, "_parsed") < 0 || intern(&name_status, "status") < 0)
         return -1;
-    return add_type(module, &link_spec, "Link", &link_type) < 0 ? -1 : add_type(module, &call_spec, "Call", NULL);
+    if (mprpc_add_type(module, &link_spec, "Link", &link_type) < 0)
+        return -1;
+    return mprpc_add_type(module, &call_spec, "Call", &mprpc_call_type);
 }

@@ -3,7 +3,10 @@
 
 static int fill(PyObject *module)
 {
-    return mprpc_add_call(module) < 0 || mprpc_add_serve(module) < 0 || mprpc_add_context(module) < 0 ? -1 : 0;
+    return mprpc_add_call(module) < 0 || mprpc_add_future(module) < 0 || mprpc_add_serve(module) < 0 ||
+                   mprpc_add_context(module) < 0
+               ? -1
+               : 0;
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)fill}, {0, NULL}};

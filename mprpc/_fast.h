@@ -10,6 +10,7 @@
 
 /* Each unit adds its types to the module mprpc._fast: 0, or -1 with an exception set. */
 int mprpc_add_call(PyObject *module);
+int mprpc_add_future(PyObject *module);
 int mprpc_add_serve(PyObject *module);
 int mprpc_add_context(PyObject *module);
 

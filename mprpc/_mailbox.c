@@ -145,12 +145,42 @@ static void settle(struct mprpc_link *k)
     }
 }
 
+static void push(struct mprpc_link *k)
+{
+    if (!k->dead)
+        mprpc_link_flush(k);
+    settle(k);
+    if (!k->owned && mprpc_link_unwritten(k))
+        mprpc_mailbox_call(k->box);
+}
+
+/* Gives the call to the session, its frame to what is to be written; with the link's mutex held. *due: whether to flush. */
+static int64_t enqueue(struct mprpc_link *k, struct mprpc_call *c, const struct mprpc_letter *l, int hold, int *due)
+{
+    uint64_t expiry = k->expiry;
+    size_t held = k->out.size;
+    int alone = !k->owned && !k->session.in_flight;
+    int64_t id = mprpc_link_send(k, c, l->names, l->names_size, l->payload, l->size, l->timeout, l->attempt, hold);
+
+    if (id < 0) {
+        expect_less(k->box);
+        return id;
+    } /* it may have died of being sent: then its mail is there */
+    *due = (alone || (held < EAGER && k->out.size >= EAGER)) && k->out.size && !k->dead;
+    settle(k);
+    if (!k->owned && ((mprpc_link_unwritten(k) && !*due) || k->expiry < expiry))
+        mprpc_mailbox_call(k->box);
+    return id;
+}
+
 int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *names, size_t names_size,
                           const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold,
                           int64_t *reason)
 {
+    struct mprpc_letter letter = {token, names, names_size, payload, size, timeout, attempt};
     struct mprpc_call *c = calloc(1, sizeof *c);
     int64_t id = MPRPC_CALL_FULL;
+    int due;
 
     if (!c || expect(k->box)) {
         free(c);
@@ -159,24 +189,45 @@ int64_t mprpc_link_submit(struct mprpc_link *k, uint64_t token, const uint8_t *n
     c->mail = 1;
     c->token = token;
     pthread_mutex_lock(&k->mutex);
-    uint64_t expiry = k->expiry;
-    size_t held = k->out.size;
-    id = mprpc_link_send(k, c, names, names_size, payload, size, timeout, attempt,
-                         hold && (k->owned || k->session.in_flight));
+    id = enqueue(k, c, &letter, hold && (k->owned || k->session.in_flight), &due);
     if (id < 0) {
         if (reason)
             *reason = c->reason;
         free(c);
-        expect_less(k->box);
-    } else { /* it may have died of being sent: then its mail is there */
-        if (held < EAGER && k->out.size >= EAGER && !k->dead)
-            mprpc_link_flush(k);
-        settle(k);
-        if (!k->owned && (mprpc_link_unwritten(k) || k->expiry < expiry))
-            mprpc_mailbox_call(k->box);
+    } else if (due) {
+        push(k);
     }
     pthread_mutex_unlock(&k->mutex);
     return id;
+}
+
+int64_t mprpc_link_post(struct mprpc_link *k, const struct mprpc_letter *letter, int wait, int *due)
+{
+    struct mprpc_call *c;
+    int64_t id = MPRPC_CALL_FULL;
+
+    *due = 0;
+    if (!wait && pthread_mutex_trylock(&k->mutex))
+        return MPRPC_CALL_BUSY;
+    if (wait)
+        pthread_mutex_lock(&k->mutex);
+    c = calloc(1, sizeof *c);
+    if (c && expect(k->box) == 0) {
+        c->mail = 1;
+        c->token = letter->token;
+        id = enqueue(k, c, letter, 1, due);
+    }
+    pthread_mutex_unlock(&k->mutex);
+    if (id < 0)
+        free(c);
+    return id;
+}
+
+void mprpc_link_push(struct mprpc_link *k)
+{
+    pthread_mutex_lock(&k->mutex);
+    push(k);
+    pthread_mutex_unlock(&k->mutex);
 }
 
 int mprpc_link_cancel(struct mprpc_link *k, uint64_t id)

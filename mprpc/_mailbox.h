@@ -28,6 +28,21 @@ void mprpc_link_attach(struct mprpc_link *link, struct mprpc_mailbox *box, int o
 int64_t mprpc_link_submit(struct mprpc_link *link, uint64_t token, const uint8_t *names, size_t names_size,
                           const uint8_t *payload, size_t size, uint64_t timeout, uint32_t attempt, int hold,
                           int64_t *reason);
+/* A call as mprpc_link_submit has it, held, for who has a lock that others want: with `wait` 0, where somebody is on the
+ * connection, it is MPRPC_CALL_BUSY instead. Makes no system call that takes long; *due: mprpc_link_push is to be called
+ * next, whoever else has what lock. */
+struct mprpc_letter {
+    uint64_t token;
+    const uint8_t *names;
+    size_t names_size;
+    const uint8_t *payload;
+    size_t size;
+    uint64_t timeout;
+    uint32_t attempt;
+};
+enum { MPRPC_CALL_BUSY = -7 };
+int64_t mprpc_link_post(struct mprpc_link *link, const struct mprpc_letter *letter, int wait, int *due);
+void mprpc_link_push(struct mprpc_link *link);
 /* Any thread. CANCEL to the provider, and no mail: 1; 0 when the call has ended, so that its mail comes or has come. */
 int mprpc_link_cancel(struct mprpc_link *link, uint64_t call_id);
 

@@ -19,7 +19,7 @@ HEADERS = (
     "_mailbox.h",
 )
 SOURCES = tuple(header.replace(".h", ".c") for header in (*HEADERS, "_keeper.h", "_fork.h"))
-FAST = ("_fast.c", "_call.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
+FAST = ("_fast.c", "_call.c", "_future.c", "_serve.c", "_context.c")  # the module mprpc._fast in the same library
 
 DECLARATIONS = """
 enum { MPRPC_HEADER_MAX = 65535, MPRPC_METADATA_MAX = 128, ... };
@@ -281,7 +281,7 @@ ffibuilder.set_source(
     "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"mprpc/{source}" for source in (*SOURCES, *FAST)],
     include_dirs=["mprpc"],
-    depends=[f"mprpc/{header}" for header in (*HEADERS, "_gate.h", "_link.h", "_fast.h", "_fork.h")],
+    depends=[f"mprpc/{header}" for header in (*HEADERS, "_gate.h", "_link.h", "_call.h", "_fast.h", "_fork.h")],
     extra_compile_args=["-O2", "-pthread"],
     extra_link_args=["-pthread"],
 )

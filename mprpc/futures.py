@@ -26,12 +26,13 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from mprpc import context
 from mprpc._native import ffi, lib
 from mprpc.controller import MprpcController
 from mprpc.errors import DeadlineExceeded, ResourceExhausted, RpcError, Status, Unavailable
+from mprpc.fast import native
 
 if TYPE_CHECKING:
     from mprpc.config import MprpcConfig
@@ -63,7 +64,49 @@ Mail = tuple[int, int, int, int, int, int, int, int, int]
 _mutex = threading.RLock()  # of the states of all CallFutures; as_completed() takes it once for each of its own
 
 
-class CallFuture(Future[Response], Generic[Response]):
+if TYPE_CHECKING:
+
+    class _Pending:  # of _future.c
+        _call: UnaryCall[Any, Any]
+        _controller: MprpcController | None
+        _state: str
+        _result: Any
+        _exception: BaseException | None
+        _waiters: list[Any]
+        _done_callbacks: list[Any]
+        _payload: bytes  # until it has ended
+        _weight: int  # the payload's bytes, as far as they are counted
+        _deadline: int
+        _endpoint: Subchannel | None
+        _old: bool  # the link was an old one: its end says nothing of the endpoint
+        _outer: MprpcController | None  # of the handler that it belongs to
+        _began: int  # where it may be hedged: when, monotonic ns
+        _counted: int  # when it was counted as begun
+
+        def __init__(self, call: UnaryCall[Any, Any], controller: MprpcController | None) -> None: ...
+
+        def _post(self, link: Any, timeout: int, attempt: int) -> int: ...  # its call_id, or an outcome
+
+        def _withdraw(self) -> None: ...  # what was posted: CANCEL, and no mail ends it
+
+        def _forget(self) -> None: ...  # in a forked child
+
+    class _PlainReader:  # of _future.c
+        _queued: dict[int, CallFuture[Any]]
+        _paused: dict[int, CallFuture[Any]]
+        _thread: threading.Thread | None
+        _pending: list[CallFuture[Any]]  # that a mail is to end
+        _flying: int  # how many they are
+
+        def __init__(self, box: int, kind: type[CallFuture[Any]], mutex: threading.RLock) -> None: ...
+
+        def _receive(self, patience: int) -> bool: ...  # waits, ns; whether futures have ended
+
+else:
+    _Pending, _PlainReader = native.Pending, native.Reader
+
+
+class CallFuture(_Pending, Future[Response], Generic[Response]):
     """One call under way: a `concurrent.futures.Future` whose `cancel()` tells the provider as well.
 
     Its callbacks run on the process's reader thread and must not wait for other futures. Any thread.
@@ -72,28 +115,10 @@ class CallFuture(Future[Response], Generic[Response]):
     # A condition of its own, as Future.__init__ makes one, costs more than the rest of a call does here. All share this
     # one, nobody waits on it, and what Future's other methods find of a future is as they expect it.
     _condition = threading.Condition(_mutex)
-    _state: str = PENDING
-    _result: Response | None = None
-    _exception: BaseException | None = None
-    _payload = b""
-    _weight = 0  # the payload's bytes, as far as they are counted
-    _deadline = 0
-    _token = 0  # its key in _pending or in _queued, another one for each attempt
-    _at: tuple[Any, int] | None = None  # the link and the call_id: read and written as one
-    _endpoint: Subchannel | None = None
-    _old = False  # the link was an old one: its end says nothing of the endpoint
+    _token = 0  # its key in _queued or _paused
     _attempts: Attempts[Subchannel] | None = None  # once it is no plain call any more
-    _outer: MprpcController | None = None  # of the handler that it belongs to
     _hedge: _Hedge[Any] | None = None  # its second request, while that is under way
     _held: BaseException | None = None  # what the first one came to meanwhile
-    _began = 0  # where it may be hedged: when, monotonic ns
-    _counted = 0  # when it was counted as begun
-
-    def __init__(self, call: UnaryCall[Any, Response], controller: MprpcController | None) -> None:
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Any] = []
-        self._call = call
-        self._controller = controller
 
     def cancel(self) -> bool:
         """Gives the call up: CANCEL to the provider, no answer here. False when it has ended already."""
@@ -118,8 +143,13 @@ class CallFuture(Future[Response], Generic[Response]):
             reader().forget(self)
             self._run_callbacks()
 
-    def result(self, timeout: float | None = None) -> Response:
-        """The response. Raises what the call failed with, CancelledError, or after `timeout` seconds TimeoutError."""
+    if TYPE_CHECKING:
+
+        def result(self, timeout: float | None = None) -> Response:
+            """The response. Raises what the call failed with, CancelledError, after `timeout` seconds TimeoutError."""
+
+    def _outcome(self, timeout: float | None = None) -> Response:
+        """As result(), which asks this unless there is a response."""
         if self._state == PENDING:
             self._wait(timeout)
         if self._exception is not None:
@@ -129,7 +159,8 @@ class CallFuture(Future[Response], Generic[Response]):
                 self = None  # type: ignore[assignment]  # as in Future: the traceback must not hold it
         if self._state != FINISHED:
             raise CancelledError
-        return self._result  # type: ignore[return-value]
+        response: Response = self._result
+        return response
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the call failed with, None for a response. Raises CancelledError, or after `timeout` TimeoutError."""
@@ -156,7 +187,6 @@ class CallFuture(Future[Response], Generic[Response]):
         """Resolves it, unless it has been cancelled."""
         if self._began and not self._ends_with(error):
             return
-        self._at = None  # a future that is kept must keep no connection
         self._payload = b""
         if self._outer is not None:
             self._leave()
@@ -208,7 +238,7 @@ class CallFuture(Future[Response], Generic[Response]):
 
     def _disown(self) -> None:
         """In a forked child."""
-        self._at = None
+        self._forget()
         self._weight = 0
         self._done_callbacks = []
         if self._state == PENDING:
@@ -241,7 +271,7 @@ class _Hedge(CallFuture[Response]):
             if self._state != PENDING:
                 return
             self._state = FINISHED
-            self._at, self._payload = None, b""
+            self._payload = b""
             held, first._held = first._held, None
             if first._hedge is self:
                 first._hedge = None
@@ -300,14 +330,13 @@ class Mailbox:
         return mail, bytes(ffi.buffer(self._data[0], self._size[0])) if self._size[0] else b""
 
 
-class _Reader:
+class _Reader(_PlainReader):
     """The calls in flight of this process, and the threads that see to them."""
 
     def __init__(self) -> None:
         self._box = Mailbox()
-        self._pending: dict[int, CallFuture[Any]] = {}
-        self._queued: dict[int, CallFuture[Any]] = {}  # for a lane, in order
-        self._paused: dict[int, CallFuture[Any]] = {}  # until their next attempt
+        self._queued = {}  # for a lane, in order
+        self._paused = {}  # until their next attempt
         self._later: list[tuple[int, int]] = []  # when, and which token: a heap, under the lock
         self._hedged: list[tuple[int, int, CallFuture[Any]]] = []  # when a call's hedge is due: the same
         self._due = _FOREVER  # no queued call's deadline is before, monotonic ns
@@ -316,11 +345,12 @@ class _Reader:
         self._room = threading.Condition(self._lock)
         self._waiting = 0
         self._bytes = 0  # of requests in flight that are not small
-        self._thread: threading.Thread | None = None
+        self._thread = None
         self._work = threading.Condition(self._lock)  # something is queued
         self._lanes = self._idle_lanes = 0
         self.threads: set[int] = set()  # ours, which must wait neither for room nor for futures: they make it
         self._carried: set[CallFuture[Any]] = set()  # each on a lane
+        super().__init__(int(ffi.cast("uintptr_t", self._box.handle)), CallFuture, _mutex)  # C may call from now on
 
     # ---- any thread ----
 
@@ -345,38 +375,27 @@ class _Reader:
         self._queue(future)
 
     def _in_flight(self) -> int:
-        return len(self._pending) + len(self._queued) + len(self._paused)
+        return self._flying + len(self._queued) + len(self._paused)
 
     def _submit(
         self, future: CallFuture[Any], endpoint: Subchannel, link: Any, timeout: int, attempt: int
     ) -> RpcError | None:
         """Gives the call to a connection. None, or why that does not take it."""
-        call, payload = future._call, future._payload
-        if endpoint.mailed is not link:
-            lib.mprpc_link_attach(link.handle, self._box.handle, False)
-            endpoint.mailed = link
-        token = future._token = next(self._tokens)
-        self._pending[token] = future
-        identity = lib.mprpc_link_submit(
-            link.handle, token, call._names, call._names_size, payload, len(payload), timeout, attempt, True, ffi.NULL
-        )
-        if identity > 0:
-            future._at = link, identity
-            if self._thread is None:
-                self._start_thread()
-            if future.done():  # cancelled before it had its call_id; or it has its answer, and this cancels nothing
-                self.forget(future)
-            return None
-        self._pending.pop(token, None)
-        return call._broken(endpoint, link, identity, lib.mprpc_link_check(link.handle), 0)
+        identity = future._post(link, timeout, attempt)
+        if identity < 0:
+            return self._why_not(future, endpoint, link, identity)
+        if self._thread is None:
+            self._start_thread()
+        if future.done():
+            self.forget(future)  # cancelled before it was posted
+        return None
+
+    def _why_not(self, future: CallFuture[Any], endpoint: Subchannel, link: Any, outcome: int) -> RpcError:
+        return future._call._broken(endpoint, link, outcome, lib.mprpc_link_check(link.handle), 0)
 
     def forget(self, future: CallFuture[Any]) -> None:
         """A cancelled call ends as no mail."""
-        at = future._at
-        if at is not None:
-            future._at = None
-            lib.mprpc_link_cancel(at[0].handle, at[1])
-        self._pending.pop(future._token, None)
+        future._withdraw()
         self._queued.pop(future._token, None)
         self._paused.pop(future._token, None)
         if not self._in_flight():
@@ -432,9 +451,9 @@ class _Reader:
     def _run(self) -> None:
         self.threads.add(threading.get_ident())
         while _reader is self:  # else a callback has forked, and this is the child
-            arrived = lib.mprpc_mailbox_wait(self._box.handle, self._patience())
+            arrived = self._receive(self._patience())
             if arrived:
-                self._deliver()
+                self._tell_room()
             if self._due != _FOREVER and time.monotonic_ns() >= self._due:
                 self._expire_queued()
             if self._later:
@@ -447,12 +466,13 @@ class _Reader:
 
     def _patience(self) -> int:
         until = self._due if self._queued else _FOREVER
-        with self._lock:
-            for heap in (self._later, self._hedged):
-                until = min(until, heap[0][0]) if heap else until
+        if self._later or self._hedged:
+            with self._lock:
+                for heap in (self._later, self._hedged):
+                    until = min(until, heap[0][0]) if heap else until
         if until != _FOREVER:
             return max(0, until - time.monotonic_ns())
-        return _FOREVER if self._pending else _LINGER
+        return _FOREVER if self._flying else _LINGER
 
     def _ends(self) -> bool:
         """First the thread is gone, then it looks again: who has added a call since finds that it needs another."""
@@ -462,29 +482,41 @@ class _Reader:
                 self._thread = thread
             return self._thread is None
 
-    def _deliver(self) -> None:
-        mails, data = self._box.take()
-        pending = self._pending
-        for mail in MAIL.iter_unpack(mails):
-            future = pending.pop(mail[0], None)
-            if future is None:
-                continue  # it was cancelled
-            size, offset = mail[1], mail[3]
-            if size < 0:
-                self._failed(future, mail, data)
-                continue
-            try:
-                response = future._call._parse(data[offset : offset + size])
-            except DecodeError:
-                future._end(None, future._call._bad_response())
-            else:
-                future._end(response, None)
-        self._tell_room()
+    # ---- what C asks for ----
 
-    def _failed(self, future: CallFuture[Any], mail: Mail, data: bytes) -> None:
-        call, at, endpoint = future._call, future._at, future._endpoint
+    def _begin(self, future: CallFuture[Any], timeout: int) -> None:
+        """A plain call for which there may be no room."""
+        try:
+            self.start(future, timeout)
+        except ResourceExhausted as error:
+            future._end(None, error)
+            raise
+
+    def _started(self, future: CallFuture[Any]) -> None:
+        """A future was posted, and nobody reads."""
+        self._start_thread()
+
+    def _refused(self, future: CallFuture[Any], how: tuple[Any, int]) -> None:
+        """The connection did not take it."""
+        endpoint = future._endpoint
         assert endpoint is not None
-        self._retry(future, call._mail_error(endpoint, at[0] if at is not None else None, mail, data))
+        self._retry(future, self._why_not(future, endpoint, *how))
+
+    def _failed(self, future: CallFuture[Any], link: Any, mail: Mail, words: bytes) -> None:
+        endpoint = future._endpoint
+        assert endpoint is not None
+        self._retry(future, future._call._mail_error(endpoint, link, mail, words))
+
+    def _misread(self, future: CallFuture[Any], data: bytes) -> None:
+        """A response that C could not have parsed."""
+        try:
+            response = future._call._parsed(data)
+        except Exception as error:
+            future._end(None, error)
+        else:
+            future._end(response, None)
+
+    # ---- attempts ----
 
     def _retry(self, future: CallFuture[Any], problem: RpcError) -> None:
         """Any thread: its last attempt has failed so."""
@@ -511,7 +543,6 @@ class _Reader:
 
     def _pause(self, future: CallFuture[Any], pause: int) -> None:
         """Any thread: its next attempt comes later. The reader's thread sees to that."""
-        future._at = None
         token = future._token = next(self._tokens)
         with self._lock:
             self._paused[token] = future
@@ -580,7 +611,6 @@ class _Reader:
     # ---- the lanes ----
 
     def _queue(self, future: CallFuture[Any]) -> None:
-        future._at = None
         token = future._token = next(self._tokens)
         with self._lock:
             first = not self._queued
@@ -674,7 +704,7 @@ def start_future(
     """What `UnaryCall.future` does."""
     if type(request) is not call._request_class:
         raise call._wrong_request(request)
-    future = CallFuture(call, controller)
+    future: CallFuture[Response] = CallFuture(call, controller)
     future._counted = call._begun()
     if controller is not None:
         timeout = controller._begin(future._stop, timeout)
@@ -737,7 +767,7 @@ def _after_fork() -> None:
     _mutex = threading.RLock()
     CallFuture._condition = threading.Condition(_mutex)
     if _reader is not None:
-        for future in (*_reader._pending.values(), *_reader._queued.values(), *_reader._carried):
+        for future in (*_reader._pending, *_reader._queued.values(), *_reader._carried):
             future._disown()
     _reader, _reader_lock = None, threading.Lock()
 

@@ -53,7 +53,6 @@ class Subchannel:
     def __init__(self, address: str, classic: bool, config: MprpcConfig) -> None:
         self.address = address
         self.classic = classic
-        self.mailed: Any = None  # the link that takes futures
         self.measure: Any = _new_measure()  # a struct mprpc_load, which links to this endpoint are given
         self.link: Any = (
             None  # a native.Link, read without the lock, by C too: a link that ended says so when it is used
@@ -269,12 +268,12 @@ class Subchannel:
         """That connection has ended; the next call makes another."""
         with self._lock:
             if self.link is link:
-                self.link = self.mailed = None
+                self.link = None
 
     def forget_forked(self) -> None:
         """In a forked child: freeing the link closes its descriptor and sends nothing."""
         self._lock, self._judging = threading.Lock(), threading.Lock()
-        self.link = self.mailed = None
+        self.link = None
         self.measure = _new_measure()  # the parent's calls end there
         self.health, self._watcher, self._probed, self._parked = Health(), None, False, None
 

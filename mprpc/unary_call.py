@@ -146,6 +146,7 @@ class UnaryCall(_Call, Generic[Request, Response]):
             self._names,
             self._timeout_ns,
             self._max_payload,
+            self._channel._config.max_pending,
             tally,
             int(ffi.cast("uintptr_t", tally)),
             *((None, target.next()) if isinstance(target, Fixed) else (target.next, None)),
@@ -211,14 +212,21 @@ class UnaryCall(_Call, Generic[Request, Response]):
         made._begin(self._target.keyed(key))
         return made
 
-    def future(
+    if TYPE_CHECKING:
+
+        def future(
+            self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
+        ) -> CallFuture[Response]:
+            """Starts the call and returns its future at once. Any thread.
+
+            It is a `concurrent.futures.Future`; `cancel()` tells the provider. Raises ResourceExhausted when the key
+            `max_pending` such calls of this process are in flight and none ends within this call's deadline.
+            """
+
+    def _future(
         self, request: Request, timeout: float | None = None, controller: MprpcController | None = None
     ) -> CallFuture[Response]:
-        """Starts the call and returns its future at once. Any thread.
-
-        It is a `concurrent.futures.Future`; `cancel()` tells the provider. Raises ResourceExhausted when the key
-        `max_pending` such calls of this process are in flight and none ends within this call's deadline.
-        """
+        """One that is not plain, or not known to be, or the first of the process."""
         global _start_future
         if _start_future is None:  # once: an import statement that finds all there still costs half a microsecond
             with importing:

@@ -75,8 +75,8 @@ BELOW: dict[str, set[str]] = dict.fromkeys(CHANNEL, CHANNEL) | {
     "_load": set(),
 }
 # What holds Python objects, above the rest.
-FAST = {"_fast", "_call", "_serve", "_context"}
-BELOW |= {unit: {"_fast", *CHANNEL, "_tally", "_loop", "_placement", "_crew"} for unit in FAST}
+FAST = {"_fast", "_call", "_future", "_serve", "_context"}
+BELOW |= {unit: {"_fast", "_call", *CHANNEL, "_tally", "_loop", "_placement", "_crew"} for unit in FAST}
 SYSTEM = re.compile(r"sys/|netinet/|arpa/|poll\.h|pthread\.h|unistd\.h|time\.h|signal\.h|fcntl\.h")
 
 
