@@ -83,7 +83,7 @@ int mprpc_loop_listen(struct mprpc_loop *loop, int listener, struct mprpc_loop *
 int mprpc_loop_share(struct mprpc_loop *loop, int listener, struct mprpc_loop **loops, size_t count, void *crowd,
                      size_t processes, size_t mine);
 
-/* Before the first turn, for all of a provider's loops: `placement` says how many of them are at work. Connections that
+/* Before mprpc_loop_listen and _share, for all of a provider's loops: `placement` says how many of them are at work. Connections that
  * belong elsewhere are handed on when nothing of theirs is under way. 0, or -1 without memory. */
 int mprpc_loop_place(struct mprpc_loop **loops, size_t count, struct mprpc_placement *placement);
 /* NULL: every connection stays. */

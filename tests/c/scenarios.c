@@ -35,18 +35,25 @@ static void nap(long ms)
 
 static struct mprpc_services *services;
 
+static int listening(int *port)
+{
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof a;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+
+    MUST(bind(fd, (struct sockaddr *)&a, sizeof a) == 0 && listen(fd, 100) == 0);
+    MUST(getsockname(fd, (struct sockaddr *)&a, &size) == 0);
+    *port = ntohs(a.sin_port);
+    return fd;
+}
+
 static struct mprpc_loop *loop_at(int *port, uint64_t frame_timeout)
 {
     struct mprpc_limits limits = {.frame_timeout = frame_timeout, .payload_max = 64 << 20, .output_max = 64 << 20,
                                   .connections_max = 100};
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof a;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     struct mprpc_loop *l = mprpc_loop_new(services, &limits, 0);
 
-    MUST(l && bind(fd, (struct sockaddr *)&a, sizeof a) == 0 && listen(fd, 100) == 0);
-    MUST(getsockname(fd, (struct sockaddr *)&a, &size) == 0 && mprpc_loop_listen(l, fd, &l, 1) == 0);
-    *port = ntohs(a.sin_port);
+    MUST(l && mprpc_loop_listen(l, listening(port), &l, 1) == 0);
     return l;
 }
 
@@ -195,19 +202,15 @@ static void a_stopped_loop_has_no_connections(void)
 {
     struct mprpc_limits limits = {.frame_timeout = SECOND, .payload_max = 1000, .output_max = 1000,
                                   .connections_max = 9};
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof a;
-    int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    int port, listener = listening(&port);
     struct mprpc_loop *loops[] = {mprpc_loop_new(services, &limits, 0), mprpc_loop_new(services, &limits, 0)};
     struct mprpc_loop_statistics seen;
     uint8_t drop;
 
-    MUST(loops[0] && loops[1] && bind(listener, (struct sockaddr *)&a, sizeof a) == 0 && listen(listener, 9) == 0);
-    MUST(getsockname(listener, (struct sockaddr *)&a, &size) == 0);
-    MUST(mprpc_loop_listen(loops[0], listener, loops, 2) == 0);
+    MUST(loops[0] && loops[1] && mprpc_loop_listen(loops[0], listener, loops, 2) == 0);
     mprpc_loop_stop(loops[1], 0, 0);
     MUST(mprpc_loop_turn(loops[1], NULL, 0, NULL, 0) == MPRPC_TURN_STOPPED);
-    int first = dial(ntohs(a.sin_port)), second = dial(ntohs(a.sin_port)); /* one for each loop */
+    int first = dial(port), second = dial(port); /* one for each loop */
     mprpc_loop_stop(loops[0], SECOND / 5, SECOND / 10);
     MUST(mprpc_loop_turn(loops[0], NULL, 0, NULL, 0) == MPRPC_TURN_STOPPED);
     MUST(recv(first, &drop, 1, 0) < 0 && recv(second, &drop, 1, 0) < 0); /* neither ever showed what it is: reset */
@@ -216,6 +219,62 @@ static void a_stopped_loop_has_no_connections(void)
         MUST(seen.connections == 0);
         mprpc_loop_free(loops[i]);
     }
+    close(first);
+    close(second);
+}
+
+/* Two connections on one loop, and another loop that has none: one goes there after its next answer, which it has
+ * got; unless that loop leaves, where nobody would tell it, or one of its calls is under way. */
+static void a_connection_goes_where_it_is_served(int leaves)
+{
+    struct mprpc_limits limits = {.frame_timeout = SECOND, .payload_max = 1000, .output_max = 1000,
+                                  .connections_max = 9};
+    int port;
+    struct mprpc_loop *loops[] = {mprpc_loop_new(services, &limits, 0), mprpc_loop_new(services, &limits, 0)};
+    struct mprpc_placement placement;
+    struct mprpc_loop_statistics seen[2];
+    struct mprpc_bytes one = {0}, two = {0};
+    uint8_t answer[64];
+
+    mprpc_placement_init(&placement, 2);
+    MUST(loops[0] && loops[1] && mprpc_loop_place(loops, 2, &placement) == 0);
+    MUST(mprpc_loop_listen(loops[0], listening(&port), loops, 2) == 0);
+    atomic_store(&placement.active, 1);
+    int first = dial(port), second = dial(port);
+    put_request(&two, 1, 0, 0);
+    put_request(&two, 2, 0, 0);
+    put_request(&one, 3, 0, 0);
+    MUST(send(first, two.at, two.size, 0) > 0);
+    MUST(turn(loops[0], 0) == 2);
+    atomic_store(&placement.active, 2);
+    if (leaves)
+        mprpc_loop_stop(loops[1], 0, 0);
+    struct mprpc_ticket later;
+    mprpc_loop_detach(loops[0], 1, &later);
+    MUST(send(second, one.at, one.size, 0) > 0);
+    MUST(turn(loops[0], 1) == 1); /* the first has one answer, and a call under way */
+    mprpc_loop_statistics(loops[0], &seen[0]);
+    MUST(seen[0].moved == 0 && recv(first, answer, sizeof answer, 0) > 0);
+    MUST(mprpc_loop_answer(loops[0], &later, 0, 0, NULL, 0, NULL, 0, NULL, 0) == 0);
+    mprpc_loop_turn_within(loops[0], (const uint8_t *)"", 0, (const int32_t[]){0}, 1, SECOND / 50);
+    MUST(recv(first, answer, sizeof answer, 0) > 0 && recv(second, answer, sizeof answer, 0) > 0);
+    mprpc_loop_statistics(loops[0], &seen[0]);
+    mprpc_loop_statistics(loops[1], &seen[1]);
+    MUST(seen[0].moved == !leaves && seen[0].connections == 1 + (unsigned)leaves && seen[1].connections == !leaves);
+    one.size = 0;
+    put_request(&one, 4, 0, 0);
+    MUST(send(first, one.at, one.size, 0) > 0 && send(second, one.at, one.size, 0) > 0);
+    for (int i = 0; i < 2 - leaves; i++)
+        MUST(turn(loops[i], 0) == 1 + (unsigned)leaves && mprpc_loop_turn_within(loops[i], (const uint8_t *)"", 0,
+             (const int32_t[]){0, 0}, 1 + (unsigned)leaves, SECOND / 50) == 0);
+    MUST(recv(first, answer, sizeof answer, 0) > 0 && recv(second, answer, sizeof answer, 0) > 0);
+    for (int i = 0; i < 2; i++) {
+        mprpc_loop_stop(loops[i], 0, 0);
+        MUST(mprpc_loop_turn(loops[i], NULL, 0, NULL, 0) == MPRPC_TURN_STOPPED);
+        mprpc_loop_free(loops[i]);
+    }
+    mprpc_bytes_free(&one);
+    mprpc_bytes_free(&two);
     close(first);
     close(second);
 }
@@ -470,6 +529,10 @@ int main(int argc, char **argv)
         a_busy_loop_blames_nobody();
     if (which < 0 || which == 7)
         a_stopped_loop_has_no_connections();
+    if (which < 0 || which == 9)
+        a_connection_goes_where_it_is_served(0);
+    if (which < 0 || which == 10)
+        a_connection_goes_where_it_is_served(1);
     if (which < 0 || which == 2)
         the_rest_of_a_frame_follows_its_callers_deadline(1);
     if (which < 0 || which == 3)
