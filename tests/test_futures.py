@@ -10,6 +10,7 @@ import queue
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -570,11 +571,101 @@ def test_a_future_that_is_kept_keeps_no_connection() -> None:
     with services.serving() as provider:
         with services.calling(provider) as users:
             kept = users.Login.future(REQUEST)
-            waiting = users.Login.future(REQUEST)
-            assert any(isinstance(each, native.Link) for each in gc.get_referents(waiting)) or waiting.done()
             kept.result(PATIENCE)
             assert not any(isinstance(each, native.Link) for each in gc.get_referents(kept))
         assert said(kept) == b"zhang san"
+
+
+def test_nothing_of_a_call_is_left() -> None:
+    """Answered, failed, cancelled before or beside the answer, expired: no future is kept, or counted as in flight."""
+    with held.holding() as (holder, provider), services.calling(provider) as users:
+        users.Login(REQUEST)
+        flying: list[Any] = [users.Login.future(named(name)) for name in ("a", "fail: b", "hold", "hold") * 50]
+        assert any(isinstance(each, native.Link) for each in gc.get_referents(flying[2]))
+        flying += [users.Login.future(named("hold"), timeout=0.02) for _ in range(50)]
+        for future in flying[3::4]:
+            future.cancel()
+        for future in users.Login.future(named("c")), users.Login.future(named("x" * 10_000)):
+            flying.append(future)
+            future.cancel()
+        holder.release()
+        assert not concurrent.futures.wait(flying, PATIENCE).not_done
+        gone = [weakref.ref(future) for future in flying]
+        del flying, future
+        assert becomes(lambda: not any(each() for each in gone))  # without the collector: there is no cycle
+        assert subject.reader()._in_flight() == 0
+
+
+def test_futures_and_their_reader_are_made_only_whole() -> None:
+    for arguments in ((), (None, None), (REQUEST, None)):
+        with pytest.raises(TypeError):
+            subject.CallFuture(*arguments)
+        with pytest.raises(TypeError):
+            native.Reader(*arguments)
+    half = subject.CallFuture.__new__(subject.CallFuture)
+    with pytest.raises(TypeError, match="not initialised"):
+        half._post(native.Link.__new__(native.Link), 1, 0)
+    half._withdraw()
+    assert not half._waiters
+
+
+def test_a_response_that_is_none() -> None:
+    def answer(peer: wire.Peer) -> None:
+        for _ in range(2):
+            header, _ = peer.frame()
+            peer.send(wire.response(header.call_id, b"\xff"))
+        assert peer.rest() == b""
+
+    with wire.FakeProvider(answer) as fake, services.calling(fake.address) as users:
+        for _ in range(2):
+            with pytest.raises(RpcError, match=r"the response is no fixbug\.LoginResponse") as failed:
+                users.Login.future(REQUEST).result(PATIENCE)
+            assert failed.value.status is Status.INTERNAL
+
+
+def test_many_that_end_together_end_in_order() -> None:
+    """More than are ended at a time."""
+    with held.holding(max_in_flight=5000) as (holder, provider), services.calling(provider, timeout=LONG) as users:
+        users.Login(REQUEST)
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for i in range(2000):
+            users.Login.future(named(f"name {i}")).add_done_callback(lambda _, i=i: ended.put(i))
+        assert [ended.get(timeout=PATIENCE) for _ in range(2000)] == list(range(2000))
+        assert not holder.calls
+
+
+def test_a_callback_may_fork() -> None:
+    """The child has none of the batch's other callbacks to run, and futures of its own."""
+    with services.serving() as provider, services.calling(provider) as users:
+        users.Login(REQUEST)
+        children: queue.SimpleQueue[int] = queue.SimpleQueue()
+        other, ran = os.pipe()
+
+        def fork(future: Any) -> None:
+            child = os.fork()
+            if child:
+                children.put(child)
+                return
+            with contextlib.suppress(BaseException):
+                os._exit(0 if said(users.Login.future(named("child"))) == b"child" else 2)
+            os._exit(1)
+
+        gate = threading.Event()
+        first = users.Login.future(REQUEST)
+        first.add_done_callback(lambda _: gate.wait(PATIENCE))
+        flying = [users.Login.future(named(str(i))) for i in range(100)]
+        flying[0].add_done_callback(fork)
+        for future in flying[1:]:
+            future.add_done_callback(lambda _: os.write(ran, b"x"))
+        gate.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(children.get(timeout=PATIENCE), 0)[1]) == 0
+        assert [said(future) for future in flying] == [str(i).encode() for i in range(100)]
+        wrote = b""
+        while len(wrote) < 99:
+            wrote += os.read(other, 1000)
+        os.close(ran)
+        assert wrote + os.read(other, 1000) == b"x" * 99
+        os.close(other)
 
 
 # ---- bounds ----

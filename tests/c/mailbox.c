@@ -123,6 +123,19 @@ static size_t names(uint8_t *to)
     return mprpc_put_names(to, (const uint8_t *)"S", 1, (const uint8_t *)"M", 1);
 }
 
+/* As futures do it: not waiting for who is on the connection, unless it has to, and writing when it is told to. */
+static int64_t post(struct mprpc_link *k, const struct mprpc_letter *l)
+{
+    int due;
+    int64_t id = mprpc_link_post(k, l, 0, &due);
+
+    if (id == MPRPC_CALL_BUSY)
+        id = mprpc_link_post(k, l, 1, &due);
+    if (due)
+        mprpc_link_push(k);
+    return id;
+}
+
 static int64_t submit(struct mprpc_link *k, uint64_t token, uint8_t what, size_t size, uint64_t timeout)
 {
     uint8_t head[16], *payload = calloc(1, HEAD + size);
@@ -131,7 +144,9 @@ static int64_t submit(struct mprpc_link *k, uint64_t token, uint8_t what, size_t
     MUST(payload != NULL);
     memcpy(payload, &token, KEY);
     payload[KEY] = what;
-    int64_t id = mprpc_link_submit(k, token, head, names(head), payload, HEAD + size, timeout, 0, 1, &reason);
+    struct mprpc_letter l = {token, head, names(head), payload, HEAD + size, timeout, 0};
+    int64_t id = token % 2 ? post(k, &l)
+                           : mprpc_link_submit(k, token, head, l.names_size, payload, l.size, timeout, 0, 1, &reason);
     free(payload);
     return id;
 }
@@ -202,6 +217,31 @@ static void a_cancelled_call_gives_the_reading_back(void)
     pthread_join(after.thread, NULL);
     MUST(after.outcome == HEAD);
     MUST(mprpc_mailbox_wait(box, 0) == 0); /* no mail for what was cancelled */
+    leave(p);
+    mprpc_mailbox_free(box);
+}
+
+/* Whoever posts with another lock held must not wait for one who is on the connection. */
+static void posting_waits_for_nobody(void)
+{
+    struct mprpc_mailbox *box = mprpc_mailbox_new();
+    struct peer *p = meet(box);
+    uint8_t head[16], payload[HEAD] = {0};
+    struct mprpc_letter l = {1, head, names(head), payload, HEAD, PATIENCE, 0};
+    int due = 1;
+
+    payload[KEY] = ECHO;
+    pthread_mutex_lock(&p->link->mutex);
+    MUST(mprpc_link_post(p->link, &l, 0, &due) == MPRPC_CALL_BUSY && due == 0);
+    pthread_mutex_unlock(&p->link->mutex);
+    MUST(mprpc_link_post(p->link, &l, 0, &due) > 0 && due == 1); /* nothing is in flight whose answer would bring it along */
+    l.token = 2;
+    MUST(mprpc_link_post(p->link, &l, 0, &due) > 0 && due == 0);
+    mprpc_link_push(p->link);
+    expect_mail(box, 2, HEAD);
+    mprpc_link_close(p->link);
+    MUST(mprpc_link_post(p->link, &l, 0, &due) == MPRPC_CALL_BROKEN && due == 0);
+    mprpc_link_push(p->link);
     leave(p);
     mprpc_mailbox_free(box);
 }
@@ -421,6 +461,7 @@ static void every_call_of_a_crowd_ends_once(void)
 int main(void)
 {
     a_cancelled_call_gives_the_reading_back();
+    posting_waits_for_nobody();
     a_submitted_call_is_written_while_a_caller_reads();
     a_submitted_call_expires_while_a_caller_reads();
     a_nearer_deadline_is_kept();
