@@ -9,7 +9,7 @@ NATIVE = setup.py pyproject.toml $(wildcard mprpc/_*.c mprpc/_*.h) mprpc/_native
 PROTOC_VERSION = $$($(BIN)/python -c "import google.protobuf as p; print(p.__version__.partition('.')[2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries balance workers simulation proxy soak overload hostile
+.PHONY: help build demo test check bench fuzz fuzz-long clean zookeeper-kazoo zookeeper-differential rolling faults herd cycles hunt retries balance workers simulation proxy soak overload hostile trust trust-clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 32
@@ -55,7 +55,7 @@ zookeeper-differential: build ## random operations on the embedded and the real 
 fuzz: build ## C and Python under any bytes, FUZZ_SECONDS for each target (C needs clang and libclang-rt-14-dev)
 	$(BIN)/python tests/fuzz --seconds $${FUZZ_SECONDS:-30}
 
-fuzz-long: build ## 10 million executions of each C target, a million of each in Python; goes on (an hour)
+fuzz-long: build ## 10 million executions of each C target, a million of each in Python; goes on (half an hour)
 	$(BIN)/python tests/fuzz codec session pair --executions 10000000
 	$(BIN)/python tests/fuzz frames provider channel --executions 1000000
 
@@ -102,6 +102,12 @@ simulation: build ## 20,000 seeds of calls on a virtual clock and network; goes 
 
 proxy: build ## seven faults of the network, each way, to one of three providers under load (8 minutes)
 	$(BIN)/python tests/reliability proxy
+
+trust: build ## hunt, hostile, overload, soak, simulation, proxy, fuzz-long; goes on from where it was stopped (an hour)
+	$(BIN)/python tests/reliability trust $(TRUST)
+
+trust-clean: ## `make trust` begins anew
+	rm -rf .trust .simulation .fuzz
 
 soak: build ## half an hour of calls of all sizes with a fault every half minute: what grows, leaks
 	$(BIN)/python tests/reliability soak

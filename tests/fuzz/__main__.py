@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import re
 import subprocess
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import generated
 from fuzz import targets
-from reliability.report import Report
+from reliability.report import Report, sources
 
 ROOT = generated.ROOT
 PLACE = ROOT / ".fuzz"
@@ -34,14 +33,12 @@ SLICE_C, SLICE_PYTHON = 500_000, 20_000  # executions after which what has been 
 
 
 class State:
-    """How many executions a target has had; of other C it has had none."""
+    """How many executions a target has had; with other sources it has had none."""
 
     def __init__(self, target: str) -> None:
-        digest = hashlib.sha256()
-        for path in sorted((ROOT / "mprpc").glob("_*.[ch]")):
-            if path.name != "_native.c":
-                digest.update(path.read_bytes())
-        self._tree = digest.hexdigest()[:16]
+        headers = sorted((ROOT / "mprpc").glob("_*.h"))
+        in_c = (*SOURCES, *headers, "tests/c/oracle.h", f"tests/fuzz/fuzz_{target}.c")
+        self._tree = sources(*(in_c if target in IN_C else ("mprpc", "tests/fuzz")))
         self._file = PLACE / f"{target}.json"
         kept = json.loads(self._file.read_text()) if self._file.exists() else {}
         same = kept.get("tree") == self._tree

@@ -11,7 +11,21 @@ from typing import Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from reliability import balance, cycles, faults, herd, hostile, hunt, overload, proxy, restarts, retries, soak, workers
+from reliability import (
+    balance,
+    cycles,
+    faults,
+    herd,
+    hostile,
+    hunt,
+    overload,
+    proxy,
+    restarts,
+    retries,
+    soak,
+    trust,
+    workers,
+)
 
 
 class Run(Protocol):
@@ -39,6 +53,8 @@ RUNS: dict[str, tuple[Run, int]] = {
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["trust"]:
+        return trust.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python tests/reliability", description="Long runs that hurt.")
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("--seed", type=int, default=1)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import hashlib
 import os
 import platform
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 import generated
 
 SHOWN = 20  # broken promises that are printed one by one
+SOURCES = (".py", ".c", ".h", ".proto")
+MADE = ("_native.c", "_pb2.py", "_mprpc.py")  # from the others
 
 
 class Report:
@@ -54,7 +57,7 @@ class Report:
 
     def finish(self) -> int:
         """Prints the table; the exit code."""
-        width = max(len(name) for name, _ in self._rows) + 2
+        width = max(len(name) for name, _ in [*self._rows, ("broken promises", "")]) + 2
         print(f"\n{self.title} (seed {self.seed}, {self.seconds:.0f} s, {machine()})")
         for name, value in self._rows:
             print(f"  {name:<{width}}{value}")
@@ -74,6 +77,17 @@ def machine() -> str:
     cores = f"{os.cpu_count()} cores of {model}, load {os.getloadavg()[0]:.1f}"
     today = datetime.datetime.now(datetime.timezone.utc).date()
     return f"{today}, {commit or '?'}, {cores}, Python {platform.python_version()}"
+
+
+def sources(*places: str | Path) -> str:
+    """A name for what these files say, and the sources in these directories: with others it is another."""
+    digest = hashlib.sha256()
+    for place in places:
+        top = generated.ROOT / place
+        for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if file.suffix in SOURCES and not file.name.endswith(MADE):
+                digest.update(f"{file}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def return_memory() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import generated
 from mprpc.errors import RpcError
-from reliability.report import Report
+from reliability.report import Report, sources
 from simulation.run import Run, native
 
 STATE = generated.ROOT / ".simulation" / "state.json"
@@ -52,10 +51,7 @@ class State:
     """What has been done of a run that may be stopped at any time."""
 
     def __init__(self, first: int, count: int) -> None:
-        tree = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=generated.ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        self._task = [first, count, tree]  # another tree is another run
+        self._task = [first, count, sources("mprpc", "tests/simulation")]  # with others it is another run
         self.next = first
         self.ends: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
