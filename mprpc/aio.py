@@ -212,14 +212,35 @@ class AsyncUnaryCall(Generic[Request, Response]):
         made._key = self._key
         return made
 
-    async def _call(self, request: Request, timeout: float | None, controller: MprpcController | None) -> Response:
-        outer = context.handled()
-        if outer is None:
-            return await self._start(request, timeout, controller, settled=False)
+    async def _call(
+        self, request: Request, timeout: float | None, controller: MprpcController | None, settled: bool | None = None
+    ) -> Response:
+        """settled: whether it makes no retries; None: that and the deadline are inherited, if there is a scope."""
+        outer = context.handled() if settled is None else None
+        if outer is not None:
+            return await self._within(outer, request, timeout, controller)
+        call = self._made or await self._make()
+        if type(request) is not call._request_class:
+            raise call._wrong_request(request)
+        began, status = call._begun(), Status.CANCELLED  # unless it ends in another way
+        try:
+            response = await self._answer(call, request, timeout, controller, bool(settled))
+            status = Status.OK
+            return response
+        except RpcError as error:
+            status = error.status
+            raise
+        finally:
+            call._ended(began, status)
+
+    async def _within(
+        self, outer: MprpcController, request: Request, timeout: float | None, controller: MprpcController | None
+    ) -> Response:
+        """A call that belongs to a handler's."""
         default = self._channel._channel._timeout
         timeout = context.left(outer, default if timeout is None else timeout)
         outer._keep()
-        started = asyncio.ensure_future(self._start(request, timeout, controller, settled=outer.attempt > 0))
+        started = asyncio.ensure_future(self._call(request, timeout, controller, outer.attempt > 0))
         started.add_done_callback(_retrieve)
         loop = asyncio.get_running_loop()
 
@@ -238,23 +259,6 @@ class AsyncUnaryCall(Generic[Request, Response]):
         if started.cancelled():
             raise Cancelled("the caller of this handler has given up")
         return started.result()
-
-    async def _start(
-        self, request: Request, timeout: float | None, controller: MprpcController | None, *, settled: bool
-    ) -> Response:
-        call = self._made or await self._make()
-        if type(request) is not call._request_class:
-            raise call._wrong_request(request)
-        began, status = call._begun(), Status.CANCELLED  # unless it ends in another way
-        try:
-            response = await self._answer(call, request, timeout, controller, settled)
-            status = Status.OK
-            return response
-        except RpcError as error:
-            status = error.status
-            raise
-        finally:
-            call._ended(began, status)
 
     async def _answer(
         self,
@@ -455,8 +459,20 @@ class _Hub:
         else:
             self._flying += 1
             self._bytes += size
+        token = next(self._tokens)
         try:
-            mail, data = await self._submit(link, call, endpoint, payload, timeout, attempt)
+            identity = self._submit(link, token, call, endpoint, payload, timeout, attempt)
+            future: asyncio.Future[tuple[Mail, bytes]] = self._loop.create_future()
+            self._pending[token] = future
+            try:
+                mail, data = await future
+            except asyncio.CancelledError:
+                if self._forget(link, token, identity) and not link.dirty:
+                    self._write_soon(link)
+                raise
+            except GeneratorExit:  # its task is gone, perhaps the event loop too
+                self._forget(link, token, identity)
+                raise
         finally:
             self._leave(size)
         size = mail[1]
@@ -464,30 +480,27 @@ class _Hub:
             return call._parsed(data[mail[3] : mail[3] + size])
         raise call._mail_error(endpoint, None, mail, data)
 
-    async def _submit(
-        self, link: _Link, call: UnaryCall[Any, Any], endpoint: Subchannel, payload: bytes, timeout: int, attempt: int
-    ) -> tuple[Mail, bytes]:
-        token = next(self._tokens)
-        identity = lib.mprpc_link_submit(
+    def _submit(
+        self,
+        link: _Link,
+        token: int,
+        call: UnaryCall[Any, Any],
+        endpoint: Subchannel,
+        payload: bytes,
+        timeout: int,
+        attempt: int,
+    ) -> int:
+        """Its call_id; what it ends with is looked for only after this iteration of the event loop."""
+        identity: int = lib.mprpc_link_submit(
             link.handle, token, call._names, call._names_size, payload, len(payload), timeout, attempt, True, ffi.NULL
         )
         if identity < 0:
             if identity != lib.MPRPC_CALL_FULL:
                 self._retire(link)
             raise call._broken(endpoint, None, identity, lib.mprpc_link_check(link.handle), 0)
-        future: asyncio.Future[tuple[Mail, bytes]] = self._loop.create_future()
-        self._pending[token] = future
         if not link.dirty:
             self._write_soon(link)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if self._forget(link, token, identity) and not link.dirty:
-                self._write_soon(link)
-            raise
-        except GeneratorExit:  # its task is gone, perhaps the event loop too
-            self._forget(link, token, identity)
-            raise
+        return identity
 
     def _forget(self, link: _Link, token: int, identity: int) -> bool:
         """A cancelled call ends as no mail. Whether CANCEL is to be written."""
