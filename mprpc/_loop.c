@@ -259,6 +259,7 @@ struct mprpc_loop {
     /* end of what mutex covers */
     uint64_t stop_at, settled_at; /* FOREVER: not stopping */
     int draining, ending;
+    _Atomic uint64_t remind_at; /* FOREVER: of nothing */
 
     struct mprpc_bytes cancelled; /* tickets of detached calls that nobody waits for any more */
     struct mprpc_incident incidents[MPRPC_INCIDENTS_MAX];
@@ -1475,6 +1476,18 @@ int mprpc_loop_answer(struct mprpc_loop *l, const struct mprpc_ticket *ticket, i
     return 0;
 }
 
+void mprpc_loop_remind(struct mprpc_loop *l, uint64_t at)
+{
+    if (is_parents(l))
+        return;
+    pthread_mutex_lock(&l->mutex);
+    if (at < atomic_load(&l->remind_at)) {
+        atomic_store(&l->remind_at, at);
+        awaken(l); /* it may wait for longer */
+    }
+    pthread_mutex_unlock(&l->mutex);
+}
+
 int mprpc_loop_adopt(struct mprpc_loop *l, struct mprpc_wire *wire)
 {
     struct task *t = calloc(1, sizeof *t);
@@ -1616,6 +1629,10 @@ static void timers(struct mprpc_loop *l)
         sweep(l);
     if (!l->ending && ends_at(l) <= l->now)
         end_all(l);
+    if (atomic_load_explicit(&l->remind_at, memory_order_relaxed) <= l->now) {
+        atomic_store(&l->remind_at, FOREVER);
+        l->slow = MPRPC_TURN_SLOW;
+    }
 }
 
 static uint64_t patience(const struct mprpc_loop *l)
@@ -1626,6 +1643,8 @@ static uint64_t patience(const struct mprpc_loop *l)
         return 0;
     at = due(&l->lingering) < at ? due(&l->lingering) : at;
     at = l->yield_until < at ? l->yield_until : at;
+    uint64_t remind_at = atomic_load_explicit(&l->remind_at, memory_order_relaxed);
+    at = remind_at < at ? remind_at : at;
     if (l->limits.idle_timeout && l->free_count < l->room)
         at = l->sweep_at < at ? l->sweep_at : at;
     at = l->ending || ends_at(l) > at ? at : ends_at(l);
@@ -1921,6 +1940,7 @@ struct mprpc_loop *mprpc_loop_new(const struct mprpc_services *services, const s
     l->wake[0] = l->wake[1] = l->listener = l->shared = l->spare = -1;
     l->tasks_end = &l->tasks;
     l->grace = l->stop_at = l->settled_at = l->yield_until = FOREVER;
+    atomic_init(&l->remind_at, FOREVER);
     pthread_mutex_init(&l->mutex, NULL);
     l->arena = malloc(ARENA);
     l->tallies = calloc((size_t)mprpc_services_methods(services) + 1, sizeof *l->tallies);

@@ -139,6 +139,8 @@ size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, 
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size);
+/* Any thread. A turn shows news (MPRPC_TURN_SLOW) at `at`, monotonic ns, or soon after; only the earliest counts. */
+void mprpc_loop_remind(struct mprpc_loop *loop, uint64_t at);
 /* Any thread. A connection that is no socket, which the loop owns from now on: 0, or -1 when the loop takes none. */
 int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
 /* Any thread. GOAWAY to all; new requests are answered UNAVAILABLE, not_run. When nothing is in flight, but not before

@@ -154,6 +154,7 @@ size_t mprpc_loop_incidents(struct mprpc_loop *loop, struct mprpc_incident *to, 
 int mprpc_loop_answer(struct mprpc_loop *loop, const struct mprpc_ticket *ticket, int32_t status, int not_run,
                       const uint8_t *text, size_t text_size, const uint8_t *details, size_t details_size,
                       const uint8_t *payload, size_t size);
+void mprpc_loop_remind(struct mprpc_loop *loop, uint64_t at);
 struct mprpc_wire;
 int mprpc_loop_adopt(struct mprpc_loop *loop, struct mprpc_wire *wire);
 void mprpc_loop_stop(struct mprpc_loop *loop, uint64_t grace, uint64_t settle);

@@ -130,6 +130,8 @@ class MprpcController:
     def is_canceled(self) -> bool:
         """Handler: whether the caller has given up, or gone away. What the handler returns then reaches nobody.
 
+        So it is when the deadline has passed before the Future that a handler returned has ended.
+
         Caller: whether `start_cancel` was called before the call had ended.
         """
         return self._canceled

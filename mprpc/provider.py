@@ -31,6 +31,7 @@ from mprpc._native import ffi, lib
 from mprpc.config import MprpcConfig
 from mprpc.controller import MprpcController
 from mprpc.crew import Crew
+from mprpc.detached import DetachedCalls
 from mprpc.errors import ConfigError, RpcError, Status
 from mprpc.fast import native
 from mprpc.incidents import of_loops
@@ -539,7 +540,7 @@ class _Loop:
             raise ConfigError(f"no loop can be made: {os.strerror(ffi.errno)}")
         self.handle = ffi.gc(handle, lib.mprpc_loop_free)
         self._limiters = _limiters(handle, entries, config.adaptive_limit)
-        self._detached: dict[tuple[int, int], _ServerController] = {}
+        self._detached: DetachedCalls[_Later] = DetachedCalls(self._remind)
         self._coroutines = coroutines
         self._queue_job = queue
         self._services, self._paces = services, paces  # the loop and the server point into them
@@ -575,6 +576,7 @@ class _Loop:
     def _notice(self) -> None:
         self._log_incidents()
         self._cancel_calls()
+        self._expire_calls()
         if self._limiters:
             self._adapt()
 
@@ -600,7 +602,10 @@ class _Loop:
     def _follow(self, response: Any, later: _Later) -> None:
         """Answers when the Future or the coroutine has ended."""
         if _is_future(response):
-            response.add_done_callback(lambda future: later.finish(*_outcome(future)))
+            self._detached.promise(later, later.controller._deadline)
+            response.add_done_callback(lambda future: self._ended(later, future))
+            if later.controller.is_canceled():  # before it was promised
+                self._abandon(later)
             return
         coroutines = self._coroutines()
         if coroutines.is_full():
@@ -608,6 +613,27 @@ class _Loop:
             later.refuse(RpcError(Status.RESOURCE_EXHAUSTED, "too many async handlers are under way"))
         else:
             coroutines.run(response, later.controller, later.finish)
+
+    def _ended(self, later: _Later, future: Any) -> None:
+        """A handler's Future has. Any thread."""
+        if self._detached.fulfil(later):
+            later.finish(*_outcome(future))
+        else:
+            self.outcome_of(later.entry, later.controller, *_outcome(future))  # which logs a mistake
+
+    def _abandon(self, later: _Later) -> None:
+        """Its caller has given up: the call ends, whether or not its Future ever does."""
+        if self._detached.fulfil(later):
+            later.answer(RpcError(Status.CANCELLED, "the caller gave up"))
+
+    def _remind(self, at: float) -> None:
+        lib.mprpc_loop_remind(self.handle, int(at * _NS) + 1)
+
+    def _expire_calls(self) -> None:
+        """Their Futures have not ended in time."""
+        for later in self._detached.expired(time.monotonic()):
+            later.controller._cancel()
+            later.answer(RpcError(Status.DEADLINE_EXCEEDED, "the handler's Future had not ended at the deadline"))
 
     def _detach(self, i: int, entry: MethodEntry, controller: _ServerController) -> _Later:
         """Lets go of a request that is answered later, on any thread."""
@@ -619,7 +645,7 @@ class _Loop:
         ticket = ffi.new("struct mprpc_ticket *")
         lib.mprpc_loop_detach(self.handle, i, ticket)
         later = _Later(self, entry, controller, ticket)
-        self._detached[later.key] = controller
+        self._detached.add(later)
         return later
 
     # ---- what takes long ----
@@ -697,21 +723,18 @@ class _Loop:
             return _too_large(len(reply), self._max_payload), b""
         return RpcError(Status.OK), reply
 
-    def forget(self, key: tuple[int, int]) -> None:
-        """That detached call has been answered. Any thread."""
-        self._detached.pop(key, None)
+    def forget(self, later: _Later) -> None:
+        """That call has been answered. Any thread."""
+        self._detached.remove(later)
 
     def _cancel_calls(self) -> None:
         """The callers of these have given up, or gone away."""
         tickets = ffi.new("struct mprpc_ticket[]", _CANCELS)
         while count := lib.mprpc_loop_cancelled(self.handle, tickets, _CANCELS):
             for ticket in tickets[0:count]:
-                whole = ticket.call_id == 0
-                keys = [key for key in list(self._detached) if key[0] == ticket.connection] if whole else []
-                for key in keys or [(ticket.connection, ticket.call_id)]:
-                    controller = self._detached.pop(key, None)
-                    if controller is not None:
-                        controller._cancel()
+                for later in self._detached.give_up(ticket.connection, ticket.call_id):
+                    later.controller._cancel()
+                    self._abandon(later)
 
     def _adapt(self) -> None:
         """Lets the limits follow what their gates have let through."""
@@ -751,7 +774,7 @@ class _Later:
         self.answer(error, not_run=True)
 
     def answer(self, error: RpcError, reply: bytes = b"", *, not_run: bool = False) -> None:
-        self._loop.forget(self.key)
+        self._loop.forget(self)
         text = error.text.encode(errors="replace")
         lib.mprpc_loop_answer(
             self._loop.handle, self._ticket, error.status, not_run, text, len(text),

@@ -137,8 +137,7 @@ def run_crowd(calls: int, *, threads: int, flyers: int, loops: int) -> None:
     crowd = Crowd()
     parts = threads + flyers + loops
     names = [plan(calls // parts, seed) for seed in range(parts)]
-    # A call that is lost, its Future never ended, stays in flight for the provider.
-    with services.serving(crowd, loops=2, max_in_flight=1_000_000) as provider:
+    with services.serving(crowd, loops=2) as provider:
         with MprpcChannel(provider.address) as channel, ThreadPoolExecutor(parts) as pool:
             channel.wait_ready(wire.PATIENCE)  # else a short deadline may find no connection
             users = services.user_mprpc.UserServiceRpc_Stub(channel)

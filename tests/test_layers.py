@@ -40,6 +40,7 @@ LAYERS = [
         "subchannel",
         "target",
         "crew",
+        "detached",
         "limiter",
         "provider",
         "channel",

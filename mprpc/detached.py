@@ -1,0 +1,95 @@
+"""The calls that a loop has let go of, each of which is answered once, later, on any thread.
+
+A call is here from the moment it is let go of until its answer is under way; so a caller that gives up is found by its
+connection and call id. A Future that a handler has returned may never end: such a call is promised, and whoever comes
+first, the Future's end, its caller's giving up, or the deadline, fulfils it; the others find nothing to do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["DetachedCalls"]
+
+_LOOK = 1e-5  # seconds for each promised call between two looks at all of them: what looking costs stays a few percent
+
+
+class _Call(Protocol):
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its connection, and its id there."""
+
+
+Call = TypeVar("Call", bound=_Call)
+
+
+class DetachedCalls(Generic[Call]):
+    """One loop's. All methods: any thread. `remind`: called with the monotonic time at which to ask for `expired`."""
+
+    def __init__(self, remind: Callable[[float], None]) -> None:
+        self._remind = remind
+        self._lock = threading.Lock()
+        self._calls: dict[int, dict[int, Call]] = {}  # by connection
+        self._promised: dict[Call, float] = {}  # until when
+        self._due = float("inf")
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(map(len, self._calls.values()))
+
+    def add(self, call: Call) -> None:
+        """Has been let go of."""
+        connection, number = call.key
+        with self._lock:
+            self._calls.setdefault(connection, {})[number] = call
+
+    def remove(self, call: Call) -> None:
+        """Has its answer."""
+        connection, number = call.key
+        with self._lock:
+            calls = self._calls.get(connection, {})
+            if calls.get(number) is call:
+                del calls[number]
+            if not calls:
+                self._calls.pop(connection, None)
+
+    def give_up(self, connection: int, number: int) -> list[Call]:
+        """Removes and returns the call that nobody waits for any more; number 0: all calls of that connection."""
+        with self._lock:
+            calls = self._calls.get(connection, {})
+            if number == 0 or calls.keys() == {number}:
+                self._calls.pop(connection, None)
+                return list(calls.values())
+            call = calls.pop(number, None)
+            return [] if call is None else [call]
+
+    def promise(self, call: Call, deadline: float | None) -> None:
+        """Somebody will fulfil it, by its deadline (monotonic seconds; None: there is none)."""
+        with self._lock:
+            self._promised[call] = until = float("inf") if deadline is None else deadline
+            sooner = until < self._due
+            if sooner:
+                self._due = until
+        if sooner:
+            self._remind(until)
+
+    def fulfil(self, call: Call) -> bool:
+        """Whether it was promised and nobody has fulfilled it before: then who asks is to answer it."""
+        with self._lock:
+            return self._promised.pop(call, None) is not None
+
+    def expired(self, now: float) -> list[Call]:
+        """Those whose deadline has passed, fulfilled by who asks; asks for the next reminder."""
+        if now < self._due:
+            return []
+        with self._lock:
+            late = [call for call, until in self._promised.items() if until <= now]
+            for call in late:
+                del self._promised[call]
+            first = min(self._promised.values(), default=float("inf"))
+            self._due = due = max(first, now + _LOOK * len(self._promised))
+        if due != float("inf"):
+            self._remind(due)
+        return late
