@@ -1,14 +1,15 @@
 """Futures: calls that go on while their caller does something else.
 
 `stub.Login.future(request)` gives the request to the connection and returns. While any such call is in flight, one
-thread of the process, the reader, reads for all connections (`_mailbox.c`): C ends many calls at a time, and the reader
-resolves their futures. The thread ends when nothing is in flight.
+thread of the process, the reader, reads for all connections (`_mailbox.c`). A plain future, with a connection that is
+there and a response, never leaves C (`_future.c`), which ends many at a time; what is not plain comes here. The thread
+ends when nothing is in flight.
 
 A call that can't be submitted at once, because a provider has to be found or connected first, or that must go on to
 another provider, waits in a queue for one of a few lanes: threads that do what blocks, and then submit it as well. So a
 future can be cancelled, and its deadline is kept, wherever it is.
 
-Rules: a call in flight is in `_pending` or in `_queued`, or on a lane; whoever takes it out of there sees to its end.
+Rules: a call in flight is posted, or in `_queued` or `_paused`, or on a lane; who takes it from there sees to its end.
 At most max_pending are in flight, and of requests that are not small at most max_payload bytes. No user code runs with
 a lock held.
 """
