@@ -1,6 +1,7 @@
 """A Login that the test holds: what the tests of futures, asyncio and async handlers call.
 
-A name that begins with "hold" waits for the test; "fail" fails with NOT_FOUND; all others are said back.
+A name that begins with "hold" waits for the test; "fail" fails with NOT_FOUND; all others are said back. Fixtures, to
+be imported: `held`, and `provider`, which serves it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
+
 import services
 import wire
-from mprpc import NotFound
+from mprpc import NotFound, RpcProvider
 from services import LoginRequest
 
 
@@ -52,6 +55,17 @@ class Held:
         for request, controller, future in self.calls:
             if not future.done():
                 future.set_result(services.accept(request, controller))
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def provider(held: Held) -> Iterator[RpcProvider]:
+    with services.serving(held) as provider:
+        yield provider
 
 
 @contextlib.contextmanager

@@ -1,32 +1,25 @@
 """A caller gives a call up: start_cancel() on all faces, before, during and after the call."""
 
+# ruff: noqa: F811, as a test's argument has the name of the imported fixture
+
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 import services
 import wire
-from held import Held
+from held import Held, held, holding, provider  # noqa: F401
 from mprpc import AsyncMprpcChannel, MprpcChannel, MprpcController, RpcProvider, Status
 from services import REQUEST, LoginRequest, LoginResponse, user_mprpc
 
 HOLD = LoginRequest(name=b"hold")
-
-
-@pytest.fixture
-def held() -> Held:
-    return Held()
-
-
-@pytest.fixture
-def provider(held: Held) -> Iterator[RpcProvider]:
-    with services.serving(held) as provider:
-        yield provider
+LEAVING, OTHERS = 300, 9000  # connections with a call each, and calls of another one
+FEW = 4  # times what it costs without the others; a look at each of them makes it a dozen
 
 
 def is_cancelled(controller: MprpcController) -> bool:
@@ -194,6 +187,28 @@ def test_the_answer_and_a_cancelling_at_the_same_time_end_the_call_once(provider
         thread.join()
         assert channel._fixed().load.in_flight == 0
         assert stub.Login(REQUEST).success
+
+
+def test_the_end_of_a_connection_costs_what_it_has_in_flight() -> None:
+    """It was a look at every call of every other one as well: with thousands in flight, callers that left together kept
+    the provider busy for seconds."""
+
+    def seconds(others: int) -> float:
+        with holding() as (held, provider), contextlib.ExitStack() as stack:
+            crowd = stack.enter_context(wire.connect(provider.address))
+            crowd.send(b"".join(wire.login(number, b"hold") for number in range(1, others + 1)))
+            held.taken(others)
+            leaving = [stack.enter_context(wire.connect(provider.address)) for _ in range(LEAVING)]
+            for peer in leaving:
+                peer.send(wire.login(1, b"hold"))
+            held.taken(LEAVING)
+            began = time.process_time()
+            for peer in leaving:
+                peer.close()
+            held.cancelled(LEAVING)
+            return time.process_time() - began
+
+    assert seconds(OTHERS) < FEW * seconds(0)
 
 
 def test_a_handler_knows_which_attempt_it_serves(held: Held) -> None:

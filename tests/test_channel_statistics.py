@@ -1,5 +1,7 @@
 """What a channel counts: every call once, on whichever face, under what it ended with for its caller."""
 
+# ruff: noqa: F811, as a test's argument has the name of the imported fixture
+
 from __future__ import annotations
 
 import asyncio
@@ -10,26 +12,14 @@ from typing import Any
 
 import pytest
 
-import services
 import wire
-from held import Held
+from held import Held, held, provider  # noqa: F401
 from mprpc import AsyncMprpcChannel, MprpcChannel, MprpcController, RpcError, RpcProvider, Status
 from mprpc.statistics import MethodStatistics
 from services import REQUEST, LoginRequest, LoginResponse, user_mprpc
 
 LOGIN = "fixbug.UserServiceRpc.Login"
 HOLD, FAIL = LoginRequest(name=b"hold"), LoginRequest(name=b"fail")
-
-
-@pytest.fixture
-def held() -> Held:
-    return Held()
-
-
-@pytest.fixture
-def provider(held: Held) -> Iterator[RpcProvider]:
-    with services.serving(held) as provider:
-        yield provider
 
 
 class Blocking:

@@ -110,7 +110,13 @@ def test_ctrl_c_ends_a_consumer_with_calls_in_flight(call: str) -> None:
 def test_a_signal_ends_a_provider_with_calls_in_flight(number: int) -> None:
     """They get their time; a second signal takes it from them."""
     program = """
-provider = provider_of(never, drain_timeout=60)
+def never_once_it_runs(request, controller):
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL or signal.getsignal(signal.SIGINT) == before:
+        threading.Event().wait(0.001)
+    return never(request, controller)
+
+before = signal.getsignal(signal.SIGINT)
+provider = provider_of(never_once_it_runs, drain_timeout=60)
 call = stub(MprpcChannel(provider.address)).Login.future(REQUEST, timeout=60.0)
 say("running")
 provider.run()
@@ -259,20 +265,28 @@ def program(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_ctrl_c_ends_the_consumer(tmp_path: Path) -> None:
-    """Which waits for a provider that never answers: 130, as a shell expects, and not a word."""
+@contextmanager
+def waiting(name: str, tmp_path: Path, keys: str) -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+    """One of bin/ that waits for a server which never answers, and what it has said to it. `keys`: its configuration,
+    with `{port}` for that server's."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         conf = tmp_path / "test.conf"
-        conf.write_text(f"rpcserverport={silent.getsockname()[1]}\ncall_timeout=60\n")
-        with program("consumer", "-i", str(conf)) as process:
+        conf.write_text(keys.format(port=silent.getsockname()[1]))
+        with program(name, "-i", str(conf)) as process:
             silent.settimeout(PATIENCE)
             connection, _ = silent.accept()
             with connection:
                 connection.settimeout(PATIENCE)
-                assert connection.recv(1)
-                process.send_signal(signal.SIGINT)
-                assert end_of(process) == ""
-            assert process.returncode == 130
+                yield process, connection.recv(4)
+
+
+def test_ctrl_c_ends_the_consumer(tmp_path: Path) -> None:
+    """Which waits for a provider: 130, as a shell expects, and not a word."""
+    with waiting("consumer", tmp_path, "rpcserverport={port}\ncall_timeout=60\n") as (process, said):
+        assert said
+        process.send_signal(signal.SIGINT)
+        assert end_of(process) == ""
+        assert process.returncode == 130
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -296,17 +310,10 @@ def test_ctrl_c_ends_the_provider(tmp_path: Path, workers: int) -> None:
 
 
 def test_ctrl_c_ends_a_provider_that_starts(tmp_path: Path) -> None:
-    """It looks whether there is a ZooKeeper already, and waits for one that says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        conf = tmp_path / "test.conf"
-        conf.write_text(f"zookeeperip=127.0.0.1\nzookeeperport={silent.getsockname()[1]}\nzookeeper=embedded\n")
-        with program("provider", "-i", str(conf)) as process:
-            silent.settimeout(PATIENCE)
-            connection, _ = silent.accept()
-            with connection:
-                connection.settimeout(PATIENCE)
-                assert connection.recv(4) == b"srvr"
-                process.send_signal(signal.SIGINT)
-                error = end_of(process)
-            assert process.returncode == 130
-        assert "Traceback" not in error
+    """It looks whether there is a ZooKeeper already, and waits for its word."""
+    keys = "zookeeperip=127.0.0.1\nzookeeperport={port}\nzookeeper=embedded\n"
+    with waiting("provider", tmp_path, keys) as (process, said):
+        assert said == b"srvr"
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in end_of(process)
+        assert process.returncode == 130

@@ -1,18 +1,19 @@
 """What an endpoint's calls tell of it: the load record, over all faces and across connections."""
 
+# ruff: noqa: F811, as a test's argument has the name of the imported fixture
+
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 import mprpc
 import services
 import wire
-from held import Held
+from held import Held, held, provider  # noqa: F401
 from mprpc import AsyncMprpcChannel, MprpcChannel, NotFound, RpcError
 from mprpc._native import ffi, lib
 from mprpc.subchannel import Load
@@ -135,17 +136,6 @@ def test_counting_from_many_threads_loses_nothing() -> None:
 
 
 # ---- calls ----
-
-
-@pytest.fixture
-def held() -> Held:
-    return Held()
-
-
-@pytest.fixture
-def provider(held: Held) -> Iterator[mprpc.RpcProvider]:
-    with services.serving(held) as provider:
-        yield provider
 
 
 def load_of(channel: MprpcChannel) -> Load:

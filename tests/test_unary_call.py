@@ -1,5 +1,7 @@
 """The plain call in C: what it takes, what it hands to Python, and that nothing is left behind on any way out of it."""
 
+# ruff: noqa: F811, as a test's argument has the name of the imported fixture
+
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +18,7 @@ import pytest
 import mprpc
 import services
 import wire
-from held import Held
+from held import Held, held, provider  # noqa: F401
 from mprpc import DeadlineExceeded, Internal, MprpcChannel, NotFound, RpcProvider, UnaryCall
 from mprpc._native import lib
 from mprpc.fast import native
@@ -24,17 +26,6 @@ from services import REQUEST, LoginRequest, LoginResponse, user_mprpc, user_pb2
 
 HOLD, FAIL = LoginRequest(name=b"hold"), LoginRequest(name=b"fail")
 LARGE = LoginRequest(name=b"x" * 100_000)
-
-
-@pytest.fixture
-def held() -> Held:
-    return Held()
-
-
-@pytest.fixture
-def provider(held: Held) -> Iterator[RpcProvider]:
-    with services.serving(held) as provider:
-        yield provider
 
 
 @pytest.fixture
