@@ -3,7 +3,7 @@
  * without the interpreter's lock and ends all futures of one batch under one lock. Whatever is not plain, an error, a
  * controller, a hedge, a call that has to wait, goes to methods of futures.py, which decide. Rules: who expects a mail
  * holds a reference to its future, dropped once: when the mail is taken, or when there will be none; nothing here waits
- * with the interpreter's lock held, nor runs a user's code with the futures' lock held. */
+ * for a connection with the interpreter's lock held, nor runs a user's code with the futures' lock held. */
 #include "_call.h"
 #include "_fast.h"
 #include "_fork.h"
@@ -287,31 +287,56 @@ static void failed(Reader *self, Pending *f, Link *link, const struct mprpc_mail
     Py_XDECREF(words);
 }
 
-/* The response of a future whose end is plain; NULL if Python has seen to it. */
-static PyObject *opened(Reader *self, Pending *f, const struct mprpc_mail *m, const uint8_t *bytes)
+static PyObject *data_of(const struct mprpc_mail *m, const uint8_t *bytes)
 {
-    PyObject *data = PyBytes_FromStringAndSize((const char *)(m->outcome ? bytes + m->offset : NULL), m->outcome);
+    return PyBytes_FromStringAndSize((const char *)(m->outcome > 0 ? bytes + m->offset : NULL), m->outcome);
+}
+
+/* NULL, with nothing set: it is none, or the call has failed. */
+static PyObject *response_of(const Pending *f, const struct mprpc_mail *m, const uint8_t *bytes)
+{
+    PyObject *data = m->outcome >= 0 ? data_of(m, bytes) : NULL;
     PyObject *response = data ? PyObject_CallFunctionObjArgs(((Call *)f->call)->parse, data, NULL) : NULL;
 
-    if (!response) {
-        PyErr_Clear();
-        ask((PyObject *)self, name_misread, (PyObject *)f, data ? data : Py_None, NULL, NULL);
-    } else if (!plain_end(f)) {
-        ask((PyObject *)f, name_end, response, Py_None, NULL, NULL);
-        Py_CLEAR(response);
-    }
     Py_XDECREF(data);
+    if (!response)
+        PyErr_Clear();
     return response;
 }
 
-/* After its end, without the lock. Takes the reference. */
+/* An end that is not plain is Python's to see to. Takes the mail's reference, and the response. */
+static void pass_on(Reader *self, Pending *f, const struct mprpc_mail *m, const uint8_t *bytes, PyObject *response)
+{
+    Link *link = NULL;
+
+    if (!unlist(f, &link)) {
+        Py_XDECREF(response);
+        Py_DECREF(f);
+        return;
+    }
+    if (response) {
+        ask((PyObject *)f, name_end, response, Py_None, NULL, NULL);
+        Py_DECREF(response);
+    } else if (m->outcome < 0) {
+        failed(self, f, link, m, bytes);
+    } else {
+        PyObject *data = data_of(m, bytes);
+        if (!data)
+            PyErr_Clear();
+        ask((PyObject *)self, name_misread, (PyObject *)f, data ? data : Py_None, NULL, NULL);
+        Py_XDECREF(data);
+    }
+    Py_XDECREF(link);
+    Py_DECREF(f);
+}
+
+/* After its end, without the lock. */
 static void leave(Pending *f, uint64_t now)
 {
     mprpc_tally_end_shared(((Call *)f->call)->tally, 0, now - f->counted);
     Py_CLEAR(f->payload);
     if (f->callbacks && PyList_Size(f->callbacks))
         ask((PyObject *)f, name_run_callbacks, NULL, NULL, NULL, NULL);
-    Py_DECREF(f);
 }
 
 static void lock(Reader *self, PyObject *name)
@@ -323,39 +348,42 @@ static void lock(Reader *self, PyObject *name)
     Py_XDECREF(said);
 }
 
-/* In a child that a callback has forked what is left here is the parent's. */
+/* One whose mail was taken stays posted until it has its result, for a fork meanwhile. In a child that a callback has
+ * forked what is left here is the parent's. */
 static void deliver(Reader *self, const struct mprpc_mail *mail, size_t count, const uint8_t *bytes)
 {
     Pending *plain[BATCH];
     PyObject *responses[BATCH];
+    Link *links[BATCH];
+    char ended[BATCH]; /* else it was cancelled */
     size_t kept = 0;
 
     for (size_t i = 0; i < count && self->born == mprpc_forks; i++) {
         Pending *f = (Pending *)(uintptr_t)mail[i].token;
-        Link *link = NULL;
-        int expected = unlist(f, &link);
-        if (expected && mail[i].outcome < 0)
-            failed(self, f, link, &mail[i], bytes);
-        else if (expected && (responses[kept] = opened(self, f, &mail[i], bytes)))
-            plain[kept++] = f;
-        if (!kept || plain[kept - 1] != f)
-            Py_DECREF(f); /* Python has seen to it, or it was withdrawn */
-        Py_XDECREF(link);
+        PyObject *response = f->posted ? response_of(f, &mail[i], bytes) : NULL;
+        if (!response || !plain_end(f)) {
+            pass_on(self, f, &mail[i], bytes, response);
+            continue;
+        }
+        plain[kept] = f;
+        responses[kept++] = response;
     }
     if (!kept || self->born != mprpc_forks)
         return;
     lock(self, name_acquire);
     for (size_t i = 0; i < kept; i++) {
-        int ended = resolve(plain[i], responses[i]);
-        Py_DECREF(responses[i]);
-        if (!ended)
-            Py_CLEAR(plain[i]);
+        links[i] = NULL;
+        ended[i] = (char)(unlist(plain[i], &links[i]) && resolve(plain[i], responses[i]));
     }
     lock(self, name_release);
     uint64_t now = mprpc_clock();
-    for (size_t i = 0; i < kept && self->born == mprpc_forks; i++)
-        if (plain[i])
+    for (size_t i = 0; i < kept && self->born == mprpc_forks; i++) {
+        Py_DECREF(responses[i]);
+        Py_XDECREF(links[i]);
+        if (ended[i])
             leave(plain[i], now);
+        Py_DECREF(plain[i]); /* the mail's */
+    }
 }
 
 /* _receive(patience): waits so many ns for mail, and ends the futures that it is for. Whether there was any. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
@@ -666,6 +667,33 @@ def test_a_callback_may_fork() -> None:
         os.close(ran)
         assert wrote + os.read(other, 1000) == b"x" * 99
         os.close(other)
+
+
+def test_a_fork_while_futures_are_being_ended() -> None:
+    """Their mail has been taken, and they have no result yet: in the child nobody would ever end them."""
+    with services.serving() as provider, services.calling(provider) as users:
+        users.Login(REQUEST)
+        said(users.Login.future(REQUEST))
+        with subject._mutex:  # the reader waits for it
+            flying = [users.Login.future(named(str(i))) for i in range(10)]
+            assert stays(lambda: not flying[0].done(), 0.1)
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    left = [future.exception(PATIENCE) for future in flying]
+                    os._exit(0 if all(isinstance(each, Unavailable) for each in left) else 2)
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert [said(future) for future in flying] == [str(i).encode() for i in range(10)]
+
+
+def test_an_event_loop_may_wait_for_one() -> None:
+    async def wait() -> list[bytes]:
+        flying = [asyncio.wrap_future(users.Login.future(named(str(i)))) for i in range(100)]
+        return [bytes((await future).result.errmsg) for future in flying]
+
+    with services.serving() as provider, services.calling(provider) as users:
+        assert asyncio.run(wait()) == [str(i).encode() for i in range(100)]
 
 
 # ---- bounds ----
