@@ -2,8 +2,9 @@
 #ifndef MPRPC_CALL_H
 #define MPRPC_CALL_H
 
+#include "_fast.h" /* Python.h first */
+
 #include "_channel.h"
-#include "_fast.h"
 #include "_tally.h"
 
 /* A connection, for as long as anybody has this. */

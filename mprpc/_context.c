@@ -2,7 +2,18 @@
 #include "_fast.h"
 
 _Thread_local PyObject *mprpc_handling;
-int mprpc_scoped;
+PyObject *mprpc_scope; /* for the process's life */
+
+int mprpc_scoped(void)
+{
+    PyObject *controller = PyObject_CallObject(mprpc_scope, NULL);
+    int scoped = controller != Py_None;
+
+    if (!controller)
+        PyErr_Clear(); /* Python asks again, and says so */
+    Py_XDECREF(controller);
+    return scoped;
+}
 
 static PyObject *handling(PyObject *module, PyObject *none)
 {
@@ -21,18 +32,20 @@ static PyObject *handle(PyObject *module, PyObject *controller)
     Py_RETURN_NONE;
 }
 
-static PyObject *scope(PyObject *module, PyObject *none)
+static PyObject *scope(PyObject *module, PyObject *get)
 {
     (void)module;
-    (void)none;
-    mprpc_scoped = 1;
+    if (!mprpc_scope) {
+        Py_INCREF(get);
+        mprpc_scope = get;
+    }
     Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
     {"handling", handling, METH_NOARGS, "The controller of the call whose handler runs on this thread, or None."},
     {"handle", handle, METH_O, "Sets what handling() returns here, None for nothing; the caller keeps it alive."},
-    {"scope", scope, METH_NOARGS, "From now on calls look for a scope in the context variable as well."},
+    {"scope", scope, METH_O, "From now on calls ask this for a controller as well, which says None for none. Once."},
     {NULL, NULL, 0, NULL},
 };
 

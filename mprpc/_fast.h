@@ -17,13 +17,15 @@ int mprpc_add_context(PyObject *module);
 /* The controller of the call whose handler runs on this thread, borrowed, or NULL: whoever runs a handler sets it, and
  * sets it back after. */
 extern _Thread_local PyObject *mprpc_handling;
-/* A context variable holds a scope, or has: async handlers run in this process, or threads of theirs. Never cleared. */
-extern int mprpc_scoped;
+/* What tells a task's or an inheriting thread's controller: a callable, from when there is any; else NULL. */
+extern PyObject *mprpc_scope;
+/* Whether it tells one here. With the interpreter's lock, no exception set. */
+int mprpc_scoped(void);
 
-/* Whether a call made here and now may have a scope to inherit from, which is context.py's to find out. */
+/* Whether a call made here and now has a scope to inherit from, which is context.py's to find out. */
 static inline int mprpc_inherits(void)
 {
-    return mprpc_handling || mprpc_scoped;
+    return mprpc_handling || (mprpc_scope && mprpc_scoped());
 }
 
 #endif

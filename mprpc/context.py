@@ -6,7 +6,7 @@ that was sent again calls is not retried (`retry.py`).
 
 Strategy: while a sync handler runs, C holds its controller in a variable of the thread (`_context.c`), which costs a
 plain call one look; a task that runs an `async def` handler, and what `inherit` made, have it in a context variable,
-which C looks at only in processes where there is any.
+which C asks for only in processes where there is any.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def handled() -> MprpcController | None:
 
 def enter(controller: MprpcController) -> None:
     """This task handles that call from now on, and what it starts belongs to it."""
-    native.scope()
+    native.scope(_handled.get)
     _handled.set(controller)
 
 
@@ -70,7 +70,7 @@ def inherit(function: Callable[P, T]) -> Callable[P, T]:
     if controller is None:
         return function
     controller._keep()
-    native.scope()
+    native.scope(_handled.get)
     inherited = controller
 
     def within(*args: P.args, **kwargs: P.kwargs) -> T:

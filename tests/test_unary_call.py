@@ -38,6 +38,11 @@ def users(provider: RpcProvider) -> Iterator[Any]:
 PLAIN = """
 import sys
 import services
+async def login(request, controller):
+    return services.accept(request, controller)
+if sys.argv[2:]:
+    with services.serving(login) as provider, services.calling(provider) as users:
+        users.Login(services.REQUEST)
 with services.calling(sys.argv[1]) as users:
     users.Login(services.REQUEST)
     entered = []
@@ -50,9 +55,10 @@ with services.calling(sys.argv[1]) as users:
 """
 
 
-def test_a_plain_call_runs_no_line_of_python(provider: RpcProvider) -> None:
-    """Else it is not plain any more. In a process of its own: where async handlers have run, no call is plain."""
-    process = services.start_python(PLAIN, provider.address)
+@pytest.mark.parametrize("arguments", [[], ["async"]], ids=["", "where async handlers have run"])
+def test_a_plain_call_runs_no_line_of_python(provider: RpcProvider, arguments: list[str]) -> None:
+    """Else it is not plain any more."""
+    process = services.start_python(PLAIN, provider.address, *arguments)
     assert process.communicate(timeout=wire.PATIENCE) == ("[]\n", "")
 
 
