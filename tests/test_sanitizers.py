@@ -93,7 +93,9 @@ def runs(program: Path, *arguments: str | Path) -> str:
 def test_a_unit_compiles_without_a_warning(unit: Path) -> None:
     if shutil.which(CC[0]) is None:
         _without(f"there is no compiler {CC[0]}")
-    made = _run([*CC, *STRICT, "-O2", f"-I{sysconfig.get_path('include')}", "-c", str(unit), "-o", os.devnull])
+    made = _run(
+        [*CC, *STRICT, "-std=c11", "-O2", f"-I{sysconfig.get_path('include')}", "-c", str(unit), "-o", os.devnull]
+    )
     assert (made.returncode, made.stderr) == (0, "")
 
 
