@@ -184,6 +184,7 @@ struct connection {
     uint8_t shut;     /* our side is ended */
     uint8_t deserted; /* the peer has ended its side behind what is not read yet */
     uint8_t peer_end; /* the peer's side is */
+    uint8_t taken;    /* what has come is being taken: more of it may lie in the arena */
 };
 
 /* Connections in the order in which their timeout comes. */
@@ -408,6 +409,7 @@ static void weigh(struct mprpc_loop *l, struct connection *c)
 static void part_from(struct mprpc_loop *l, struct connection *c)
 {
     l->buffered -= c->weighed;
+    c->weighed = 0;
     unlist(c);
     atomic_fetch_sub(&l->open, 1u);
     poller_remove(&l->poller, c->fd);
@@ -597,7 +599,7 @@ static int rests(const struct mprpc_loop *l, const struct connection *c)
         return 0;
 #endif
     return !c->in.size && !c->session.skip && c->out.size == c->sent && !c->list &&
-           !(c->waiting | c->parked | c->ended | c->deserted | c->peer_end) && !l->draining;
+           !(c->waiting | c->parked | c->ended | c->deserted | c->peer_end | c->taken) && !l->draining;
 }
 
 /* The loop that has the fewest connections of those at work, if this one has more than another: else NULL. */
@@ -646,6 +648,7 @@ static void move(struct mprpc_loop *l, struct connection *c, struct mprpc_loop *
     part_from(l, c);
     mprpc_count(&l->moved, 1);
     t->fd = c->fd;
+    t->wire = c->wire;
     t->moved = c;
     append(to, t);
     pthread_mutex_unlock(&to->mutex);
@@ -1001,7 +1004,10 @@ static void consume(struct mprpc_loop *l, struct connection *c, const uint8_t *b
         l->users[l->held_count] = 0;
         l->held[l->held_count++] = whole.at;
     }
+    c->taken = 1;
     take(l, c, count, received, own);
+    if (connection_at(l, key) == c)
+        c->taken = 0;
     if (connection_at(l, key) == c && out.size)
         put(l, c, out.at, out.size, NULL, 0);
     mprpc_bytes_free(&out);

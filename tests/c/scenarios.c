@@ -279,6 +279,50 @@ static void a_connection_goes_where_it_is_served(int leaves)
     close(second);
 }
 
+/* A request that a gate refuses, and half of another one behind it: its answer, given while the rest was being read,
+ * handed the connection on without the half. */
+static void a_connection_that_is_being_read_stays(void)
+{
+    struct mprpc_limits limits = {.frame_timeout = SECOND, .payload_max = 1000, .output_max = 1000,
+                                  .connections_max = 9, .input_max = 100000};
+    int port;
+    struct mprpc_loop *loops[] = {mprpc_loop_new(services, &limits, 0), mprpc_loop_new(services, &limits, 0)};
+    struct mprpc_placement placement;
+    struct mprpc_loop_statistics seen[2];
+    struct mprpc_bytes bytes = {0};
+    uint8_t answer[256];
+
+    mprpc_placement_init(&placement, 2);
+    MUST(loops[0] && loops[1] && mprpc_loop_place(loops, 2, &placement) == 0);
+    MUST(mprpc_loop_listen(loops[0], listening(&port), loops, 2) == 0);
+    MUST(mprpc_loop_gates(loops[0], (const uint8_t[]){0}, 1, 1, 0, SECOND) == 0);
+    atomic_store(&placement.active, 1);
+    int first = dial(port), second = dial(port);
+    put_request(&bytes, 1, 0, 0);
+    size_t whole = bytes.size;
+    put_request(&bytes, 2, 100, 0);
+    mprpc_loop_turn_within(loops[0], NULL, 0, NULL, 0, SECOND / 50);
+    atomic_store(&placement.active, 2);
+    MUST(send(first, bytes.at, whole + 50, 0) > 0);
+    mprpc_loop_turn_within(loops[0], NULL, 0, NULL, 0, SECOND / 50);
+    MUST(recv(first, answer, sizeof answer, 0) > 0);
+    MUST(send(first, bytes.at + whole + 50, bytes.size - whole - 50, 0) > 0);
+    for (int i = 0; i < 2; i++) {
+        mprpc_loop_turn_within(loops[i], NULL, 0, NULL, 0, SECOND / 50);
+        mprpc_loop_statistics(loops[i], &seen[i]);
+    }
+    MUST(seen[0].broken == 0 && seen[1].broken == 0 && seen[0].requests + seen[1].requests == 2);
+    MUST(recv(first, answer, sizeof answer, MSG_DONTWAIT) > 0);
+    for (int i = 0; i < 2; i++) {
+        mprpc_loop_stop(loops[i], 0, 0);
+        MUST(mprpc_loop_turn(loops[i], NULL, 0, NULL, 0) == MPRPC_TURN_STOPPED);
+        mprpc_loop_free(loops[i]);
+    }
+    mprpc_bytes_free(&bytes);
+    close(first);
+    close(second);
+}
+
 /* ---- a connection whose other end is this program ---- */
 
 struct caller {
@@ -533,6 +577,8 @@ int main(int argc, char **argv)
         a_connection_goes_where_it_is_served(0);
     if (which < 0 || which == 10)
         a_connection_goes_where_it_is_served(1);
+    if (which < 0 || which == 11)
+        a_connection_that_is_being_read_stays();
     if (which < 0 || which == 2)
         the_rest_of_a_frame_follows_its_callers_deadline(1);
     if (which < 0 || which == 3)
