@@ -153,7 +153,8 @@ static int64_t post(Pending *f, Link *link, uint64_t timeout, uint32_t attempt)
     return id;
 }
 
-/* _post(link, timeout, attempt): for Python, which has decided where. */
+/* _post(link, timeout, attempt): for Python, which has decided where; 0 when it has ended: its payload is no request any
+ * more. */
 static PyObject *pending_post(PyObject *object, PyObject *args)
 {
     Pending *f = (Pending *)object;
@@ -168,6 +169,8 @@ static PyObject *pending_post(PyObject *object, PyObject *args)
         PyErr_SetString(PyExc_TypeError, "_post() of a future or a link that was not initialised");
         return NULL;
     }
+    if (f->state != word_pending)
+        return PyLong_FromLong(0);
     return PyLong_FromLongLong(post(f, (Link *)link, timeout, (uint32_t)attempt));
 }
 
@@ -386,7 +389,8 @@ static void deliver(Reader *self, const struct mprpc_mail *mail, size_t count, c
     }
 }
 
-/* _receive(patience): waits so many ns for mail, and ends the futures that it is for. Whether there was any. */
+/* _receive(patience): waits so many ns for mail, and ends the futures that it is for. Whether there was any; None: a
+ * callback has forked, and this is the child. */
 static PyObject *reader_receive(PyObject *object, PyObject *patience)
 {
     Reader *self = (Reader *)object;
@@ -398,6 +402,8 @@ static PyObject *reader_receive(PyObject *object, PyObject *patience)
 
     if (PyErr_Occurred())
         return NULL;
+    if (self->born != mprpc_forks)
+        Py_RETURN_NONE;
     Py_BEGIN_ALLOW_THREADS
     arrived = mprpc_mailbox_wait(self->box, ns);
     if (arrived && self->born == mprpc_forks)
@@ -408,9 +414,9 @@ static PyObject *reader_receive(PyObject *object, PyObject *patience)
             Py_BEGIN_ALLOW_THREADS
             Py_END_ALLOW_THREADS
         }
-        if (self->born != mprpc_forks)
-            break; /* a callback has forked, and this is the child */
         deliver(self, mail + at, count - at < BATCH ? count - at : BATCH, bytes);
+        if (self->born != mprpc_forks)
+            Py_RETURN_NONE;
     }
     return PyBool_FromLong(arrived);
 }

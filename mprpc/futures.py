@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 
         def __init__(self, call: UnaryCall[Any, Any], controller: MprpcController | None) -> None: ...
 
-        def _post(self, link: Any, timeout: int, attempt: int) -> int: ...  # its call_id, or an outcome
+        def _post(self, link: Any, timeout: int, attempt: int) -> int: ...  # its call_id; 0: has ended; or an outcome
 
         def _withdraw(self) -> None: ...  # what was posted: CANCEL, and no mail ends it
 
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
 
         def __init__(self, box: int, kind: type[CallFuture[Any]], mutex: threading.RLock) -> None: ...
 
-        def _receive(self, patience: int) -> bool: ...  # waits, ns; whether futures have ended
+        def _receive(self, patience: int) -> bool | None: ...  # waits, ns; whether futures have ended; None: forked
 
 else:
     _Pending, _PlainReader = native.Pending, native.Reader
@@ -451,8 +451,7 @@ class _Reader(_PlainReader):
 
     def _run(self) -> None:
         self.threads.add(threading.get_ident())
-        while _reader is self:  # else a callback has forked, and this is the child
-            arrived = self._receive(self._patience())
+        while (arrived := self._receive(self._patience())) is not None:
             if arrived:
                 self._tell_room()
             if self._due != _FOREVER and time.monotonic_ns() >= self._due:
@@ -768,7 +767,7 @@ def _after_fork() -> None:
     _mutex = threading.RLock()
     CallFuture._condition = threading.Condition(_mutex)
     if _reader is not None:
-        for future in (*_reader._pending, *_reader._queued.values(), *_reader._carried):
+        for future in (*_reader._pending, *_reader._queued.values(), *_reader._paused.values(), *_reader._carried):
             future._disown()
     _reader, _reader_lock = None, threading.Lock()
 

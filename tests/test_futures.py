@@ -34,6 +34,7 @@ from mprpc import (
 )
 from mprpc import futures as subject
 from mprpc.fast import native
+from mprpc.subchannel import Subchannel
 from mprpc.testing import EmbeddedZooKeeper
 from services import REQUEST
 
@@ -286,6 +287,25 @@ def test_cancelling_before_there_is_a_connection() -> None:
         for future in flying:
             with pytest.raises(CancelledError):
                 future.result(0)
+
+
+def test_a_call_that_was_cancelled_while_it_connected_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    connects, gate, connect = threading.Event(), threading.Event(), Subchannel.connect
+
+    def late(self: Subchannel, *arguments: Any) -> Any:
+        link = connect(self, *arguments)
+        connects.set()
+        assert gate.wait(PATIENCE)
+        return link
+
+    with services.serving() as provider, services.calling(provider) as users:
+        monkeypatch.setattr(Subchannel, "connect", late)
+        future = users.Login.future(REQUEST)
+        assert connects.wait(PATIENCE)
+        assert future.cancel()
+        gate.set()
+        assert said(users.Login.future(named("a"))) == b"a"
+        assert provider.statistics().methods["fixbug.UserServiceRpc.Login"].calls == 1
 
 
 def test_cancelling_beside_the_answer_ends_it_once() -> None:
@@ -685,6 +705,20 @@ def test_a_fork_while_futures_are_being_ended() -> None:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert [said(future) for future in flying] == [str(i).encode() for i in range(10)]
+
+
+def test_a_fork_while_a_future_waits_for_its_next_attempt() -> None:
+    with services.calling("127.0.0.1:1") as users:
+        login = users.Login.with_options(retries=1000)
+        future = login.future(REQUEST, timeout=LONG)
+        assert becomes(lambda: subject.reader()._paused)
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os._exit(0 if isinstance(future.exception(1.0), Unavailable) else 2)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        future.cancel()
 
 
 def test_an_event_loop_may_wait_for_one() -> None:
