@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -104,7 +105,11 @@ class AsyncMprpcChannel:
                     loop.call_soon_threadsafe(hub.close)
                 except RuntimeError:  # that loop has ended
                     hub.cut()
-        await asyncio.get_running_loop().run_in_executor(None, self._channel.close)
+        thread = ThreadPoolExecutor(1, "mprpc-close")  # the event loop's may all be in calls that this ends
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._channel.close)
+        finally:
+            thread.shutdown(wait=False)
 
     async def __aenter__(self) -> AsyncMprpcChannel:
         return self

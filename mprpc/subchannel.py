@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakMethod
 
@@ -20,7 +21,7 @@ from mprpc.fast import native
 from mprpc.outliers import Health
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mprpc.config import MprpcConfig
 
@@ -60,6 +61,7 @@ class Subchannel:
         self._config = config
         self._lock = threading.Lock()
         self._closed = False
+        self._exchanges: set[socket.socket] = set()  # of calls in the seed's dialect
         self._id = ""
         self._failed_at = float("-inf")
         self._service = ""  # that it is probed for
@@ -238,6 +240,22 @@ class Subchannel:
         connection.detach()
         return link
 
+    @contextmanager
+    def exchange(self, deadline: int) -> Iterator[socket.socket]:
+        """A connection for one call in the seed's dialect. Raises as connect(), and Unavailable if close() ends it."""
+        with self.socket(deadline) as made:
+            with self._lock:
+                if self._closed:
+                    raise channel_closed()
+                self._exchanges.add(made)
+            try:
+                yield made
+            finally:
+                with self._lock:
+                    self._exchanges.discard(made)
+            if self._closed:  # then the end of the stream may be ours
+                raise Unavailable("the channel was closed meanwhile")
+
     def socket(self, deadline: int) -> socket.socket:
         """A new connected socket; as connect()."""
         left = (deadline - time.monotonic_ns()) / _NS
@@ -282,6 +300,9 @@ class Subchannel:
             self._closed = True
             links = self.link, self._parked
             self.link = self._parked = None
+            for exchange in self._exchanges:
+                with suppress(OSError):
+                    exchange.shutdown(socket.SHUT_RDWR)
         for link in links:
             if link is not None:
                 lib.mprpc_link_close(link.handle)

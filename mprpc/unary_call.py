@@ -486,7 +486,7 @@ class UnaryCall(_Call, Generic[Request, Response]):
         service = self._method.containing_service.name
         frame = _classic_request(service, self._method.name, payload)
         name, address = self._method.full_name, endpoint.address
-        with endpoint.socket(deadline) as connection:
+        with endpoint.exchange(deadline) as connection:
             try:
                 _until(connection, deadline)
                 connection.sendall(frame)

@@ -9,12 +9,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from google.protobuf.internal import api_implementation
 
 GONE_SECONDS = 5.0  # for a thread that is on its way out
 POLL_SECONDS = 0.01
 SHARED = b"QuorumPeerMain"  # one ZooKeeper serves a whole run
+
+# That the machine is busy with something else is no finding.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 assert api_implementation.Type() == "upb", "figures and limits here are those of protobuf's C runtime, upb"
 

@@ -157,13 +157,13 @@ def test_the_seed_s_dialect_goes_through_the_executor(run: Run) -> None:
         async with calling(provider, dialect="classic") as users:
             names = [str(i) for i in range(30)]
             assert await logins(users, names) == [name.encode() for name in names]
-            start = time.monotonic()
-            slow = [asyncio.ensure_future(users.Login(named("hold"), timeout=1.0)) for _ in range(40)]
+            slow = [asyncio.ensure_future(users.Login(named("hold"), timeout=LONG)) for _ in range(40)]
             with pytest.raises(DeadlineExceeded):  # also where the executor's threads are all taken
                 await users.Login(named("hold"), timeout=0.1)
-            assert time.monotonic() - start < 0.9
+            assert not any(each.done() for each in slow)
+            await users.channel.close()
             await asyncio.wait(slow)
-            assert {type(each.exception()) for each in slow} <= {DeadlineExceeded, Unavailable}
+            assert {type(each.exception()) for each in slow} == {Unavailable}
 
     with held.holding() as (_, provider):
         run(main())
@@ -176,13 +176,13 @@ def test_the_deadline_ends_a_call_and_leaves_the_connection(run: Run) -> None:
     async def main() -> None:
         async with calling(provider, timeout=LONG) as users:
             await users.Login(REQUEST)
-            start = time.monotonic()
             other = asyncio.ensure_future(users.Login(named("hold")))
+            await taken(holder)
+            start = time.monotonic()
             for timeout in (0.1, 0.05):
                 with pytest.raises(DeadlineExceeded):
                     await users.Login(named("hold"), timeout=timeout)
-            assert 0.14 < time.monotonic() - start < 2
-            await taken(holder, 3)
+            assert 0.14 < time.monotonic() - start < PATIENCE
             holder.release()
             assert said(await other) == b"hold"
             assert said(await users.Login(named("after"))) == b"after"
@@ -201,8 +201,10 @@ def test_cancelling_the_task_tells_the_handler(run: Run) -> None:
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 await cancelled(holder)
+            call = asyncio.ensure_future(users.Login(named("hold")))
+            await taken(holder)
             with pytest.raises(asyncio.TimeoutError):  # a deadline of the caller's own is a cancelling as well
-                await asyncio.wait_for(users.Login(named("hold")), 0.1)
+                await asyncio.wait_for(call, 0.05)
             await cancelled(holder)
             assert said(await users.Login(named("after"))) == b"after"
 
@@ -270,11 +272,10 @@ def test_who_refuses_and_who_says_nothing(run: Run) -> None:
                 await users.Login(REQUEST)
             assert refused.value.not_run
         async with calling(silent) as users:
-            start = time.monotonic()
-            patient = asyncio.ensure_future(users.Login(REQUEST, timeout=1.0))
+            patient = asyncio.ensure_future(users.Login(REQUEST, timeout=0.5))
             with pytest.raises(Unavailable, match="can't connect"):
                 await users.Login(REQUEST, timeout=0.1)
-            assert time.monotonic() - start < 0.9
+            assert not patient.done()
             with pytest.raises(Unavailable, match="can't connect"):
                 await patient
         async with calling(silent) as users:
@@ -372,16 +373,13 @@ def test_goaway_lets_what_is_in_flight_end(run: Run) -> None:
 
 def test_discovery_does_not_block_the_event_loop(run: Run) -> None:
     async def main() -> None:
-        loop = asyncio.get_running_loop()
+        """Which turns while nobody is found, as only it lets ZooKeeper go on."""
         async with calling(MprpcConfig(**keys), timeout=LONG) as users:
             calls = [asyncio.ensure_future(users.Login(named(str(i)))) for i in range(50)]
             hasty = asyncio.ensure_future(users.Login(REQUEST, timeout=0.2))
-            longest, last = 0.0, loop.time()
-            while loop.time() < start + 0.5:
+            await asyncio.wait([hasty])
+            for _ in range(50):
                 await asyncio.sleep(0.005)
-                now = loop.time()
-                longest, last = max(longest, now - last), now
-            assert longest < 0.4  # an import may hold the interpreter's lock; ZooKeeper's silence lasts longer
             assert sum(thread.name == "mprpc-find" for thread in threading.enumerate()) <= 2  # shared by all
             assert not any(call.done() for call in calls)
             assert isinstance(hasty.exception(), Unavailable)
@@ -403,7 +401,6 @@ def test_discovery_does_not_block_the_event_loop(run: Run) -> None:
             holding = threading.Thread(target=hold)
             holding.start()
             assert holds.wait(PATIENCE)
-            start = time.monotonic()
             try:
                 run(main())
             finally:

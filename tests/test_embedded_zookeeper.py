@@ -847,7 +847,7 @@ def test_random_bytes_end_their_connection_only(how: str) -> None:
     with EmbeddedZooKeeper() as server:
         steady = Client(Server("server", server.port, {}))
 
-        @settings(max_examples=100, deadline=None, database=None)
+        @settings(max_examples=100, database=None)
         @given(st.sampled_from(list(Op)), st.binary(max_size=200))
         def attack(op: Op, junk: bytes) -> None:
             said.clear()

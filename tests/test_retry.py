@@ -528,6 +528,10 @@ class Two:
         request.name = b"hold " + request.name
         return self.slow(request, controller)
 
+    def all_attempts(self) -> list[int]:
+        """At either."""
+        return self.attempts + [controller.attempt for _, controller, _ in self.slow.calls]
+
     def count(self, request: Any, controller: Any) -> Any:
         self.attempts.append(controller.attempt)
         if request.name == b"fail":
@@ -552,10 +556,8 @@ def test_without_budget_or_idempotency_nothing_is_hedged(face: Face) -> None:
         two = Two(stack)
         answers = face(two.config.replace(hedge_share=0.0), calls=6, timeout=0.2, idempotent=True)
         answers += face(two.config, calls=6, timeout=0.2)
-        late = [each for each in answers if isinstance(each, DeadlineExceeded)]
-        assert len(late) == len(two.slow.calls)
-        assert late
-        assert set(two.attempts) == {0}
+        assert any(isinstance(each, DeadlineExceeded) for each in answers)
+        assert set(two.all_attempts()) == {0}
 
 
 @faces
@@ -572,7 +574,7 @@ def test_hedging_has_its_cap(face: Face) -> None:
     with contextlib.ExitStack() as stack:
         two = Two(stack)
         face(two.config.replace(hedge_share=0.25), calls=40, timeout=0.06, idempotent=True)
-        assert 1 <= two.attempts.count(1) <= 10
+        assert 1 <= two.all_attempts().count(1) <= 10
 
 
 def test_a_hedged_call_that_is_cancelled_cancels_both() -> None:
@@ -597,7 +599,12 @@ def test_a_call_for_which_nobody_was_found_in_time_is_hedged_later() -> None:
     """It was never hedged: the list of providers came after the hedge's delay."""
     with contextlib.ExitStack() as stack:
         holder, slow = stack.enter_context(held.holding())
-        fast = stack.enter_context(services.serving())
+
+        def after(request: Any, controller: Any) -> Any:
+            holder.taken()  # else the slow one may have heard that the call is over before it was run
+            return services.accept(request, controller)
+
+        fast = stack.enter_context(services.serving(after))
         channel = stack.enter_context(MprpcChannel(slow.address))
         other = stack.enter_context(MprpcChannel(fast.address))._fixed()
         login = services.user_mprpc.UserServiceRpc_Stub(channel).Login.with_options(idempotent=True, hedge_delay=0.01)
@@ -608,7 +615,6 @@ def test_a_call_for_which_nobody_was_found_in_time_is_hedged_later() -> None:
         answer = login.future(held.named("hold"), timeout=wire.PATIENCE).result(wire.PATIENCE)
         assert answer == services.accept(held.named("hold"), None)
         before.cancel()
-        holder.taken()
         holder.cancelled(2)
 
 

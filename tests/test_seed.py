@@ -290,6 +290,27 @@ def test_empty_classic_answer_is_unavailable_unless_expected() -> None:
             assert services.user_mprpc.UserServiceRpc_Stub(channel).Login(services.REQUEST) == LoginResponse()
 
 
+@pytest.mark.parametrize("classic_empty", [False, True])
+def test_closing_the_channel_ends_a_classic_call(classic_empty: bool) -> None:
+    """It went on to its deadline; and the end of the stream that close() makes is no empty answer."""
+
+    def silent(peer: wire.Peer) -> None:
+        assert peer.socket.recv(65536)
+        taken.set()
+        peer.rest()
+
+    taken = threading.Event()
+    with wire.FakeProvider(silent) as seed:
+        host, _, port = seed.address.partition(":")
+        config = MprpcConfig(rpcserverip=host, rpcserverport=int(port), dialect="classic", classic_empty=classic_empty)
+        with MprpcChannel(config, timeout=600.0) as channel:
+            closer = threading.Thread(target=lambda: taken.wait(wire.PATIENCE) and channel.close())
+            closer.start()
+            with pytest.raises(Unavailable, match="closed"):
+                services.user_mprpc.UserServiceRpc_Stub(channel).Login(services.REQUEST)
+            closer.join()
+
+
 def test_classic_answer_in_many_pieces_and_of_any_size() -> None:
     answer = LoginResponse(result=user_pb2.ResultCode(errmsg=b"x" * 300_000), success=True)
 
