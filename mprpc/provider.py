@@ -603,7 +603,11 @@ class _Loop:
         """Answers when the Future or the coroutine has ended."""
         if _is_future(response):
             self._detached.promise(later, later.controller._deadline)
-            response.add_done_callback(lambda future: self._ended(later, future))
+            try:
+                response.add_done_callback(lambda future: self._ended(later, future))
+            except BaseException as error:  # it is none
+                if self._detached.fulfil(later):
+                    later.finish(None, error)
             if later.controller.is_canceled():  # before it was promised
                 self._abandon(later)
             return

@@ -11,7 +11,7 @@ import pytest
 
 import services
 import wire
-from mprpc import DeadlineExceeded, Status
+from mprpc import DeadlineExceeded, Internal, Status
 from mprpc.detached import DetachedCalls
 from services import REQUEST
 from test_provider import OK, wait_until
@@ -151,4 +151,14 @@ def test_a_call_that_was_cancelled_before_its_handler_returned_a_future() -> Non
         call.cancel()
         wait_until(lambda: not provider._loops[0]._detached, "the provider has heard of it")
         go_on.set()
+        wait_until(lambda: provider.statistics().in_flight == 0, "the provider has let go of it")
+
+
+def test_what_only_looks_like_a_future_fails_its_call() -> None:
+    """The class instead of one of its instances, say."""
+    with services.serving(lambda request, controller: Future) as provider, services.calling(provider) as users:
+        began = time.monotonic()
+        with pytest.raises(Internal, match="TypeError"):
+            users.Login(REQUEST, timeout=wire.PATIENCE)
+        assert time.monotonic() - began < wire.PATIENCE / 2
         wait_until(lambda: provider.statistics().in_flight == 0, "the provider has let go of it")
