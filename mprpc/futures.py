@@ -446,8 +446,9 @@ class _Reader(_PlainReader):
     def _start_thread(self) -> None:
         with self._lock:
             if self._thread is None and self._in_flight():
-                self._thread = threading.Thread(target=self._run, name="mprpc-reader", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="mprpc-reader", daemon=True)
+                thread.start()  # or raises, and the next call tries again
+                self._thread = thread
 
     def _run(self) -> None:
         self.threads.add(threading.get_ident())
@@ -488,7 +489,7 @@ class _Reader(_PlainReader):
         """A plain call for which there may be no room."""
         try:
             self.start(future, timeout)
-        except ResourceExhausted as error:
+        except BaseException as error:  # Ctrl-C, too
             future._end(None, error)
             raise
 
@@ -618,8 +619,7 @@ class _Reader(_PlainReader):
             if self._idle_lanes:
                 self._work.notify()
             elif self._lanes < _LANES:
-                self._lanes += 1
-                threading.Thread(target=self._lane, name="mprpc-lane", daemon=True).start()
+                self._start_lane()
         self._due = min(self._due, future._deadline)
         if first or self._due == future._deadline:
             lib.mprpc_mailbox_wake(self._box.handle)
@@ -627,6 +627,15 @@ class _Reader(_PlainReader):
             self._start_thread()
         if future.done():
             self.forget(future)  # cancelled before it was queued
+
+    def _start_lane(self) -> None:
+        """With the lock."""
+        try:
+            threading.Thread(target=self._lane, name="mprpc-lane", daemon=True).start()
+        except RuntimeError as error:  # the call waits for another one, to its deadline; the next call tries again
+            _log.error("no thread can be started for calls that have to connect: %s", error)
+        else:
+            self._lanes += 1
 
     def _lane(self) -> None:
         self.threads.add(threading.get_ident())
@@ -734,6 +743,9 @@ def start_future(
             raise
     except RpcError as error:
         future._end(None, error)
+    except BaseException as error:  # Ctrl-C
+        future._end(None, error)
+        raise
     return future
 
 

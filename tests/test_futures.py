@@ -754,6 +754,41 @@ def test_max_pending_slows_and_then_refuses() -> None:
         assert {said(future) for future in flying[1:]} == {b"hold"}
 
 
+def test_a_call_that_is_interrupted_while_it_waits_for_room_is_over() -> None:
+    with held.holding() as (holder, provider), MprpcChannel(config_of(provider, max_pending=1)) as channel:
+        users = services.user_mprpc.UserServiceRpc_Stub(channel)
+        flying = users.Login.future(named("hold"), timeout=LONG)
+        holder.taken()
+        for controller in (None, MprpcController()):
+            interrupt = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                users.Login.future(REQUEST, timeout=PATIENCE, controller=controller)
+            interrupt.join()
+            assert channel.statistics().methods["fixbug.UserServiceRpc.Login"].in_flight == 1
+        holder.release()
+        assert said(flying) == b"hold"
+
+
+def test_threads_that_could_not_be_started_are_started_by_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    assert becomes(lambda: not reader_threads())
+    with services.serving() as provider:
+        for connected in (False, True):
+            with services.calling(provider) as users:
+                if connected:
+                    users.Login(REQUEST)
+                with monkeypatch.context() as patched:
+                    patched.setattr(threading.Thread, "start", refuse)
+                    for _ in range(10):
+                        with pytest.raises(RuntimeError, match="new thread"):
+                            users.Login.future(REQUEST, timeout=0.1)
+                assert said(users.Login.future(named("a"))) == b"a"
+                assert becomes(lambda: not reader_threads())
+
+
 def test_the_reader_itself_is_refused_at_once() -> None:
     """A callback that waited for room would wait for itself."""
     refused: Future[BaseException] = Future()
