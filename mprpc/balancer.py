@@ -97,7 +97,7 @@ class Candidates(tuple[Candidate, ...]):
     derived: dict[object, Any]
     """What a strategy makes of these candidates, once, under a key of its own."""
     lasting: dict[object, Any]
-    """The same for what it makes of `listed`."""
+    """What a strategy keeps from one list to the next, under such a key."""
 
     @classmethod
     def of(
@@ -270,36 +270,72 @@ _PLACE = 20  # bits of a ring's entry that say whose it is, below those that say
 _PLACES = (1 << _PLACE) - 1
 _STRETCH = 22  # bits of a place on the ring within one of its 1024 stretches
 _PART = _ROUND // _POINTS
+_LEFT = 4  # endpoints that are listed for each that has left and is still on the ring
 # One point in each of 256 equal parts of the ring shares more evenly than points anywhere would. The parts come in an
 # order of which each beginning is spread evenly, for endpoints that have fewer.
 _PARTS = [int(f"{i:08b}"[::-1], 2) * _PART for i in range(_POINTS)] * 2
 
 
-def _ring(candidates: Candidates) -> tuple[list[int], list[int]]:
-    """Points in order, each with whose it is, the place in `listed`; and where in that the stretches of the ring begin,
-    since a search through all of it would find little in the processor's cache. Both change only with the list."""
-    heaviest = max(each.weight for each in candidates.listed) or 1.0
-    unit = 2.0 ** floor(log2(heaviest))  # it mostly stays the same when an endpoint comes or goes
-    ring: list[int] = []
-    for i, each in enumerate(candidates.listed):
-        points = max(1, round(_POINTS * (each.weight or unit) / unit))
-        turned, *drawn = unpack(f"<{points + 1}I", shake_128(each.address.encode()).digest(4 * points + 4))
-        ring += [(part + turned + at % _PART) % _ROUND << _PLACE | i for part, at in zip(_PARTS, drawn, strict=False)]
-    ring.sort()
-    starts = [bisect(ring, stretch << _STRETCH + _PLACE) for stretch in range((_ROUND >> _STRETCH) + 1)]
-    candidates.lasting[ConsistentHash] = ring, starts
-    return ring, starts
+class _Ring:
+    """The points of a list's endpoints, in order, each with whose it is; immutable.
+
+    The next list's is made of it, since to hash and to sort all of a long list anew would take a tenth of a second of
+    some call's time: it gets the points of who is new, and keeps those of who has left, whom nobody stands for, until
+    they are too many.
+    """
+
+    def __init__(self, listed: Sequence[Candidate], before: _Ring | None = None) -> None:
+        heaviest = max(each.weight for each in listed) or 1.0
+        self.listed = listed
+        self.unit = 2.0 ** floor(log2(heaviest))  # it mostly stays the same when an endpoint comes or goes
+        owners = [(each.address, max(1, round(_POINTS * (each.weight or self.unit) / self.unit))) for each in listed]
+        self.points: list[int] = []
+        self.starts: list[int] = []
+        """Where the stretches begin: a search through all points would find little in the processor's cache."""
+        self.places: dict[tuple[str, int], int] = {}
+        """Of those that are or were listed, with the number of their points."""
+        if before is not None and before._suits(owners, self.unit):
+            self.points, self.starts, self.places = before.points, before.starts, before.places
+        if new := [owner for owner in dict.fromkeys(owners) if owner not in self.places]:
+            first = len(self.places)
+            self.places = self.places | {owner: first + i for i, owner in enumerate(new)}
+            self.points = sorted([*self.points, *chain.from_iterable(map(self._drawn, new))])
+            stretches = range((_ROUND >> _STRETCH) + 1)
+            self.starts = [bisect(self.points, stretch << _STRETCH + _PLACE) for stretch in stretches]
+        self.order = [self.places[owner] for owner in owners]
+        """The place of each that is listed."""
+
+    def _suits(self, owners: Sequence[tuple[str, int]], unit: float) -> bool:
+        left = len(self.places.keys() - set(owners))
+        return self.unit == unit and left * _LEFT <= len(owners)
+
+    def _drawn(self, owner: tuple[str, int]) -> list[int]:
+        place, (address, count) = self.places[owner], owner
+        turned, *drawn = unpack(f"<{count + 1}I", shake_128(address.encode()).digest(4 * count + 4))
+        return [
+            (part + turned + at % _PART) % _ROUND << _PLACE | place for part, at in zip(_PARTS, drawn, strict=False)
+        ]
+
+
+def _ring(candidates: Candidates) -> _Ring:
+    kept: _Ring | None = candidates.lasting.get(ConsistentHash)
+    if kept is None or kept.listed is not candidates.listed:
+        kept = candidates.lasting[ConsistentHash] = _Ring(candidates.listed, kept)
+    return kept
 
 
 class _Room:
-    """Who may have how many calls in flight; by the place in `listed`."""
+    """Who may have how many calls in flight; by the place on the ring."""
 
     def __init__(self, candidates: Candidates) -> None:
-        made: tuple[list[int], list[int]] = candidates.lasting.get(ConsistentHash) or _ring(candidates)
-        self.ring, self.starts = made
+        made = _ring(candidates)
+        self.ring, self.starts = made.points, made.starts
+        self.weights = [0.0] * len(made.places)
+        self.homes: list[Candidate | None] = [None] * len(made.places)
         weights = {id(each): weight for each, weight in zip(candidates, candidates.weights, strict=True)}
-        self.weights = [weights.get(id(each), 0.0) for each in candidates.listed]
-        self.homes = [each if id(each) in weights else None for each in candidates.listed]
+        for each, place in zip(candidates.listed, made.order, strict=True):
+            if id(each) in weights:
+                self.homes[place], self.weights[place] = each, weights[id(each)]
         self.allowed = 0.0  # for a weight of 1
         self.left = 0  # picks until the calls in flight are counted again
         self._candidates = candidates
@@ -370,7 +406,7 @@ class Balancer:
         for each in chosen:
             if known and (each.address, each.endpoint.id) not in known:
                 each.health.warm(now)
-        self.listed, self._lasting = chosen, {}
+        self.listed = chosen
         return self.refresh(now)
 
     def refresh(self, now: float) -> float | None:
