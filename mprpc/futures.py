@@ -648,8 +648,8 @@ class _Reader(_PlainReader):
             self._carried.discard(future)
             if error is not None:
                 future._end(None, error)
-                if not self._in_flight():
-                    lib.mprpc_mailbox_wake(self._box.handle)  # it would wait until the deadline of what was queued
+            if not self._in_flight():
+                lib.mprpc_mailbox_wake(self._box.handle)  # it would wait until the deadline of what was queued
         self.threads.discard(threading.get_ident())
 
     def _next_queued(self) -> CallFuture[Any] | None:

@@ -291,6 +291,7 @@ class Subchannel:
     def forget_forked(self) -> None:
         """In a forked child: freeing the link closes its descriptor and sends nothing."""
         self._lock, self._judging = threading.Lock(), threading.Lock()
+        self._exchanges = set()  # what is shut down here would be shut down there
         self.link = None
         self.measure = _new_measure()  # the parent's calls end there
         self.health, self._watcher, self._probed, self._parked = Health(), None, False, None

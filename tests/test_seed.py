@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -288,6 +290,31 @@ def test_empty_classic_answer_is_unavailable_unless_expected() -> None:
         config = MprpcConfig(rpcserverip=host, rpcserverport=int(port), dialect="classic", classic_empty=True)
         with MprpcChannel(config) as channel:
             assert services.user_mprpc.UserServiceRpc_Stub(channel).Login(services.REQUEST) == LoginResponse()
+
+
+def test_a_forked_child_that_closes_the_channel_leaves_its_parent_s_classic_call() -> None:
+    def late(peer: wire.Peer) -> None:
+        assert peer.socket.recv(65536)
+        taken.set()
+        assert go_on.wait(wire.PATIENCE)
+        peer.send(ANSWER)
+
+    taken, go_on = threading.Event(), threading.Event()
+    with wire.FakeProvider(late) as seed:
+        host, _, port = seed.address.partition(":")
+        config = MprpcConfig(rpcserverip=host, rpcserverport=int(port), dialect="classic")
+        with MprpcChannel(config, timeout=wire.PATIENCE) as channel:
+            call = services.user_mprpc.UserServiceRpc_Stub(channel).Login.future(services.REQUEST)
+            assert taken.wait(wire.PATIENCE)
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    channel.close()
+                    os._exit(0)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            go_on.set()
+            assert call.result(wire.PATIENCE).success
 
 
 @pytest.mark.parametrize("classic_empty", [False, True])
