@@ -671,14 +671,12 @@ def test_a_callback_may_fork() -> None:
                 os._exit(0 if said(users.Login.future(named("child"))) == b"child" else 2)
             os._exit(1)
 
-        gate = threading.Event()
-        first = users.Login.future(REQUEST)
-        first.add_done_callback(lambda _: gate.wait(PATIENCE))
-        flying = [users.Login.future(named(str(i))) for i in range(100)]
-        flying[0].add_done_callback(fork)
-        for future in flying[1:]:
-            future.add_done_callback(lambda _: os.write(ran, b"x"))
-        gate.set()
+        said(users.Login.future(REQUEST))
+        with subject._mutex:  # the reader waits for it
+            flying = [users.Login.future(named(str(i))) for i in range(100)]
+            flying[0].add_done_callback(fork)
+            for future in flying[1:]:
+                future.add_done_callback(lambda _: os.write(ran, b"x"))
         assert os.waitstatus_to_exitcode(os.waitpid(children.get(timeout=PATIENCE), 0)[1]) == 0
         assert [said(future) for future in flying] == [str(i).encode() for i in range(100)]
         wrote = b""
