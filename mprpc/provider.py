@@ -59,6 +59,7 @@ _LOG_BURST = 10  # lines a second about bad peers; more are counted in one line
 _SETTLE = 100_000_000  # ns for which consumers that only now hear of the end still find somebody who says "not run"
 _JOIN = 1.0  # seconds beyond the grace that stop() waits for a loop's thread
 _NS = 1_000_000_000
+_LATE = 0.05  # seconds after its deadline until a Future is given up: by then its caller has said so itself
 _KEEP = 0.9  # of a switch interval for which a loop keeps the interpreter's lock beside a thread that computes
 
 
@@ -602,7 +603,8 @@ class _Loop:
     def _follow(self, response: Any, later: _Later) -> None:
         """Answers when the Future or the coroutine has ended."""
         if _is_future(response):
-            self._detached.promise(later, later.controller._deadline)
+            deadline = later.controller._deadline
+            self._detached.promise(later, None if deadline is None else deadline + _LATE)
             try:
                 response.add_done_callback(lambda future: self._ended(later, future))
             except BaseException as error:  # it is none
