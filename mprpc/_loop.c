@@ -1365,6 +1365,13 @@ static void spread(struct mprpc_loop *l, int fd)
     post(to, t);
 }
 
+static void close_if(int *fd)
+{
+    if (*fd >= 0)
+        mprpc_descriptor_close(*fd);
+    *fd = -1;
+}
+
 static void open_spare(struct mprpc_loop *l)
 {
     if (l->spare < 0)
@@ -1377,8 +1384,7 @@ static void open_spare(struct mprpc_loop *l)
  * the listener does not stay ready for ever (the way of muduo's Acceptor). */
 static void refuse_one(struct mprpc_loop *l, int listener)
 {
-    if (l->spare >= 0)
-        mprpc_descriptor_close(l->spare);
+    close_if(&l->spare);
     int fd = accept(listener, NULL, NULL);
     if (fd >= 0) {
         incident(l, fd, MPRPC_NO_DESCRIPTOR);
@@ -1712,13 +1718,6 @@ static void begin(struct mprpc_loop *l)
     l->count = 0;
     l->refusing = 0;
     l->slow = l->incident_count || l->cancelled.size ? MPRPC_TURN_SLOW : 0;
-}
-
-static void close_if(int *fd)
-{
-    if (*fd >= 0)
-        mprpc_descriptor_close(*fd);
-    *fd = -1;
 }
 
 /* Its descriptors go when it has stopped; its memory only when Python's collector comes upon it. */

@@ -2,7 +2,11 @@
 
 A call is here from the moment it is let go of until its answer is under way; so a caller that gives up is found by its
 connection and call id. A Future that a handler has returned may never end: such a call is promised, and whoever comes
-first, the Future's end, its caller's giving up, or the deadline, fulfils it; the others find nothing to do.
+first, the Future's end, its caller's giving up, or the deadline, ends it; the others find nothing to do.
+
+The handler's work may go on behind a call that was abandoned, where no limit of calls in flight sees it. So only so
+many are abandoned; past that calls stay in flight until their Futures end, and who begins and cancels all the time is
+refused.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 __all__ = ["DetachedCalls"]
 
+_ABANDONED_MAX = 10_000  # calls of one loop whose Futures have not ended
 _LOOK = 1e-5  # seconds for each promised call between two looks at all of them: what looking costs stays a few percent
 
 
@@ -33,6 +38,7 @@ class DetachedCalls(Generic[Call]):
         self._lock = threading.Lock()
         self._calls: dict[int, dict[int, Call]] = {}  # by connection
         self._promised: dict[Call, float] = {}  # until when
+        self._abandoned: set[Call] = set()
         self._due = float("inf")
 
     def __len__(self) -> int:
@@ -66,7 +72,7 @@ class DetachedCalls(Generic[Call]):
             return [] if call is None else [call]
 
     def promise(self, call: Call, deadline: float | None) -> None:
-        """Somebody will fulfil it, by its deadline (monotonic seconds; None: there is none)."""
+        """A Future will end it, by its deadline (monotonic seconds; None: there is none)."""
         with self._lock:
             self._promised[call] = until = float("inf") if deadline is None else deadline
             sooner = until < self._due
@@ -76,20 +82,32 @@ class DetachedCalls(Generic[Call]):
             self._remind(until)
 
     def fulfil(self, call: Call) -> bool:
-        """Whether it was promised and nobody has fulfilled it before: then who asks is to answer it."""
+        """Its Future has ended: whether who asks is to answer it, for nobody has yet."""
         with self._lock:
+            self._abandoned.discard(call)
             return self._promised.pop(call, None) is not None
 
+    def abandon(self, call: Call) -> bool:
+        """Its caller has given up: whether who asks is to answer it, before its Future has ended."""
+        with self._lock:
+            return self._abandon(call)
+
+    def _abandon(self, call: Call) -> bool:
+        if call not in self._promised or len(self._abandoned) >= _ABANDONED_MAX:
+            return False
+        del self._promised[call]
+        self._abandoned.add(call)
+        return True
+
     def expired(self, now: float) -> list[Call]:
-        """Those whose deadline has passed, fulfilled by who asks; asks for the next reminder."""
+        """Those whose deadline has passed, abandoned: who asks is to answer them. Asks for the next reminder."""
         if now < self._due:
             return []
         with self._lock:
             late = [call for call, until in self._promised.items() if until <= now]
-            for call in late:
-                del self._promised[call]
+            late = [call for call in late if self._abandon(call)]
             first = min(self._promised.values(), default=float("inf"))
-            self._due = due = max(first, now + _LOOK * len(self._promised))
+            self._due = due = max(first, now + _LOOK * (len(self._promised) + len(self._abandoned)))
         if due != float("inf"):
             self._remind(due)
         return late

@@ -629,7 +629,7 @@ class _Loop:
 
     def _abandon(self, later: _Later) -> None:
         """Its caller has given up: the call ends, whether or not its Future ever does."""
-        if self._detached.fulfil(later):
+        if self._detached.abandon(later):
             later.answer(RpcError(Status.CANCELLED, "the caller gave up"))
 
     def _remind(self, at: float) -> None:

@@ -72,6 +72,7 @@ def test_reminders_come_for_the_earliest_deadline() -> None:
     assert reminders[2:] == [20.0]
     assert calls.expired(21.0) == [late]
     assert not calls.fulfil(late)
+    assert not calls.abandon(late)
     assert reminders[3:] == []
     assert calls.fulfil(never)
 
@@ -83,6 +84,22 @@ def test_many_promises_are_not_looked_at_for_each() -> None:
     assert len(calls.expired(10.0)) == 1
     assert reminders[-1] == pytest.approx(10.1, abs=0.001), "not 10.001: that would be a look for each"
     assert len(calls.expired(reminders[-1])) == pytest.approx(100, abs=2)
+
+
+def test_only_so_many_are_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who begins calls and cancels them would have handlers at work without a limit."""
+    monkeypatch.setattr("mprpc.detached._ABANDONED_MAX", 3)
+    calls, made, reminders = calls_of(*((1, number) for number in range(1, 6)))
+    for call in made:
+        calls.promise(call, 10.0)
+    assert calls.abandon(made[0])
+    assert calls.expired(11.0) == made[1:3]
+    assert not calls.abandon(made[3])
+    assert 11.0 < reminders[-1] < 11.1, "the others are looked at again"
+    assert calls.expired(12.0) == []
+    assert not calls.fulfil(made[1]), "its Future has ended, which was answered before"
+    assert calls.expired(13.0) == [made[3]]
+    assert calls.fulfil(made[4])
 
 
 # ---- a provider's ----
