@@ -7,6 +7,8 @@ with Load(channel, rate=500, timeout=2.0, seed=1) as load:
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from array import array
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 BLOCKING = 24  # threads
 PATIENCE = 30.0  # seconds for the calls of a phase to end, after their deadlines
 NAP = 0.01  # seconds
+_SLEEPER = f"""
+import select, sys, time
+late = []
+while True:
+    began = time.monotonic()
+    if select.select([sys.stdin], [], [], {NAP})[0]:
+        break
+    late.append(time.monotonic() - began - {NAP})
+print(*late or [0.0])
+"""
 SMALL = (0, 8, 64, 1000)
 
 ledger_pb2 = generated.module("ledger_pb2")
@@ -212,7 +224,8 @@ class Load:
 
 
 class Yardstick:
-    """How late the machine itself wakes a thread of this process that sleeps for 10 ms. Use it with `with`."""
+    """How late a thread of this process wakes that sleeps for 10 ms, and how late a process that does nothing else: the
+    second is the machine, the first the interpreter's lock as well. Use it with `with`."""
 
     def __init__(self) -> None:
         self._late = array("d")
@@ -226,15 +239,20 @@ class Yardstick:
             self._late.append(time.monotonic() - began - NAP)
 
     def __enter__(self) -> Self:
+        self._sleeper = subprocess.Popen(
+            [sys.executable, "-c", _SLEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._of_process = array("d", map(float, self._sleeper.communicate()[0].split()))
 
     def tell(self, report: Report) -> None:
-        late = sorted(self._late)
-        tail, worst = late[-1 - len(late) // 1000] * 1000, late[-1] * 1000
-        text = f"99.9 % {tail:.1f} ms, worst {worst:.1f} ms (n={len(late):,})"
-        report.row("a sleeping thread wakes late by", text)
+        for who, lateness in ("thread", self._late), ("process", self._of_process):
+            late = sorted(lateness)
+            tail, worst = late[-1 - len(late) // 1000] * 1000, late[-1] * 1000
+            text = f"99.9 % {tail:.1f} ms, worst {worst:.1f} ms (n={len(late):,})"
+            report.row(f"a sleeping {who} wakes late by", text)
