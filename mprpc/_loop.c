@@ -40,6 +40,8 @@ enum {
     LINGER_BYTES = 64 << 20, /* discarded from a peer that goes on sending to a connection that has ended */
     REFUSE_ROUNDS = 16,      /* looks at the queue in one turn while a gate refuses */
     SWEEP = 1024,            /* connections looked at for idleness at once */
+    STALLED_MAX = 32,        /* connections ended in one turn for a frame without progress, or after lingering */
+    STRANGERS = 500000,      /* ns of a turn for those who have never called: at least one, as many as that allows */
     LARGE = 65536,           /* a payload from here is sent from where it lies, without a copy through the scratch */
 };
 static const uint64_t LINGER = UINT64_C(2000000000);     /* ns to wait for a peer to end its side */
@@ -228,6 +230,7 @@ struct mprpc_loop {
     uint64_t *queue; /* connections with whole frames left, in order */
     size_t queued, queue_room;
     uint64_t now;
+    uint32_t strangers_from; /* where the next turn's first look at strangers starts */
     uint64_t buffered; /* bytes that partial frames take */
 
     uint8_t *arena;
@@ -1632,9 +1635,11 @@ static uint64_t ends_at(const struct mprpc_loop *l)
 
 static void timers(struct mprpc_loop *l)
 {
-    while (!crowded(l) && due(&l->frames) <= l->now) /* else it may be we who have not read */
+    int most = STALLED_MAX;
+
+    while (!crowded(l) && due(&l->frames) <= l->now && most-- > 0) /* else it may be we who have not read */
         broken(l, l->frames.first, MPRPC_STALLED);
-    while (due(&l->lingering) <= l->now)
+    while (due(&l->lingering) <= l->now && most-- > 0)
         destroy(l, l->lingering.first, 0);
     watch_shared(l);
     if (l->limits.idle_timeout && l->sweep_at <= l->now)
@@ -1702,6 +1707,36 @@ static void serve(struct mprpc_loop *l, const struct ready *r)
     }
 }
 
+/* Has called before, or is no connection of anybody's. */
+static int is_known(struct mprpc_loop *l, uint64_t key)
+{
+    struct connection *c = connection_at(l, key);
+
+    return (uint32_t)key == KEY_WAKE || (c && !c->ended && c->session.dialect != MPRPC_UNKNOWN);
+}
+
+/* Those first who have called before, all of them; then who comes, who goes, and who has not shown yet what it is, in
+ * turn, as far as their time reaches. So a crowd of strangers costs the others that much a turn. The rest is ready again. */
+static void serve_all(struct mprpc_loop *l, const struct ready *ready, uint32_t n)
+{
+    const struct ready *strangers[POLL_MAX];
+    uint32_t count = 0, served = 0;
+
+    for (uint32_t i = 0; i < n; i++)
+        if (is_known(l, ready[i].key))
+            serve(l, &ready[i]);
+        else
+            strangers[count++] = &ready[i];
+    if (!count)
+        return;
+    uint64_t until = (l->now = clock_ns()) + STRANGERS;
+    for (; served < count && l->now < until; served++) {
+        serve(l, strangers[(l->strangers_from + served) % count]);
+        l->now = clock_ns();
+    }
+    l->strangers_from += served;
+}
+
 /* No request points into what was received. */
 static void release(struct mprpc_loop *l)
 {
@@ -1757,8 +1792,7 @@ int64_t mprpc_loop_turn_within(struct mprpc_loop *l, const uint8_t *replies, siz
         if (n < 0)
             return l->slow;
         queue_on(l);
-        for (int i = 0; i < n; i++)
-            serve(l, &ready[i]);
+        serve_all(l, ready, (uint32_t)n);
         timers(l);
         l->began = l->now;
         if (l->refusing && l->queued && !l->slow && !crowded(l) && rounds < REFUSE_ROUNDS) {

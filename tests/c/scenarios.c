@@ -323,6 +323,47 @@ static void a_connection_that_is_being_read_stays(void)
     close(second);
 }
 
+/* A crowd that had sent rubbish all at once was looked at before the request of one that behaved. */
+static void who_has_called_comes_before_strangers(void)
+{
+    enum { STRANGERS = 90 };
+    static const int32_t none;
+    int port, strangers[STRANGERS];
+    struct mprpc_loop *l = loop_at(&port, SECOND);
+    struct mprpc_loop_statistics seen;
+    struct mprpc_bytes one = {0};
+    uint8_t answer[64];
+    int known = dial(port);
+
+    put_request(&one, 1, 0, 0);
+    MUST(send(known, one.at, one.size, 0) > 0 && turn(l, 0) == 1);
+    for (int i = 0; i < STRANGERS; i++)
+        strangers[i] = dial(port);
+    mprpc_loop_turn_within(l, (const uint8_t *)"", 0, &none, 1, SECOND / 50);
+    MUST(recv(known, answer, sizeof answer, 0) > 0);
+    do
+        mprpc_loop_statistics(l, &seen);
+    while (seen.connections <= STRANGERS && mprpc_loop_turn_within(l, NULL, 0, NULL, 0, SECOND / 50) == 0);
+    MUST(seen.connections == STRANGERS + 1);
+    for (int i = 0; i < STRANGERS; i++)
+        MUST(send(strangers[i], "\xff\xff\xff\xff", 4, 0) == 4);
+    one.size = 0;
+    put_request(&one, 2, 0, 0);
+    MUST(send(known, one.at, one.size, 0) > 0 && turn(l, 0) == 1);
+    mprpc_loop_statistics(l, &seen);
+    MUST(seen.broken > 0 && seen.broken < STRANGERS);
+    for (size_t last = 1; seen.broken < STRANGERS; last = 0) {
+        MUST(turn(l, last) == 0);
+        mprpc_loop_statistics(l, &seen);
+    }
+    MUST(recv(known, answer, sizeof answer, 0) > 0);
+    mprpc_loop_free(l);
+    mprpc_bytes_free(&one);
+    for (int i = 0; i < STRANGERS; i++)
+        close(strangers[i]);
+    close(known);
+}
+
 /* ---- a connection whose other end is this program ---- */
 
 struct caller {
@@ -579,6 +620,8 @@ int main(int argc, char **argv)
         a_connection_goes_where_it_is_served(1);
     if (which < 0 || which == 11)
         a_connection_that_is_being_read_stays();
+    if (which < 0 || which == 12)
+        who_has_called_comes_before_strangers();
     if (which < 0 || which == 2)
         the_rest_of_a_frame_follows_its_callers_deadline(1);
     if (which < 0 || which == 3)
