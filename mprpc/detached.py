@@ -18,7 +18,8 @@ from typing import Generic, Protocol, TypeVar
 __all__ = ["DetachedCalls"]
 
 _ABANDONED_MAX = 10_000  # calls of one loop whose Futures have not ended
-_LOOK = 1e-5  # seconds for each promised call between two looks at all of them: what looking costs stays a few percent
+_PACE = 0.02  # seconds at least between two looks at all promised calls,
+_LOOK = 1e-5  # and so many for each of them, so that looking costs little
 
 
 class _Call(Protocol):
@@ -107,7 +108,7 @@ class DetachedCalls(Generic[Call]):
             late = [call for call, until in self._promised.items() if until <= now]
             late = [call for call in late if self._abandon(call)]
             first = min(self._promised.values(), default=float("inf"))
-            self._due = due = max(first, now + _LOOK * (len(self._promised) + len(self._abandoned)))
+            self._due = due = max(first, now + _PACE + _LOOK * len(self._promised))
         if due != float("inf"):
             self._remind(due)
         return late

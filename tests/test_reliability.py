@@ -440,8 +440,8 @@ def test_no_answer_reaches_the_wrong_call() -> None:
 
 def test_the_hunt_would_find_one() -> None:
     """A stranger's answer, a second end, an end too early, and one that was not expected."""
-    dice, tally = hunt.random.Random(1), hunt.Tally()
-    one, two, three = (hunt.Question(number, dice) for number in (1, 2, 3))
+    shape, tally = hunt.Shape(idempotent=True, timeout=1.0, hold_ms=0, size=1), hunt.Tally()
+    one, two, three = (hunt.Question(number, shape) for number in (1, 2, 3))
     one.began = two.began = three.began = time.monotonic()
     tally.end(one, ledger_pb2.Receipt(number=2, note=two.entry.note))
     tally.end(one, ledger_pb2.Receipt(number=1, note=one.entry.note))

@@ -31,7 +31,7 @@ from reliability.report import Report
 
 RATE = 400.0  # calls a second of the others
 MEMORY = 96 << 20  # bytes that the provider may grow by
-SLACK = 0.003  # seconds of p99 that are this machine's, not the attack's
+SLACK = 0.001  # seconds of p99 by which two measurements of a quiet machine differ
 IDLE, ACTIVE = 10_000, 200  # connections
 DESCRIPTORS, CLIENTS, RECOVERY = 512, 2000, 2.0
 HEADER_MAX = 65_535
@@ -277,31 +277,41 @@ def hostile(*, seed: int, count: int, minutes: float) -> int:
 
 
 def _attacks(report: Report, seconds: int, attacks: tuple[str, ...] = tuple(ATTACKS)) -> None:
-    with provider(10_000, frame_timeout=2.0, max_connections=4000) as (served, address):
+    """Each also at a provider that nobody else uses: what the others notice then is the machine, which all share."""
+    keys = {"frame_timeout": 2.0, "max_connections": 4000}
+    with provider(10_000, **keys) as (served, address), provider(10_000, **keys) as (_, elsewhere):
         others = OpenLoop(address)
         others.run(RATE, 1.0)
         start = served.memory()
         for name in attacks:
             before = _p99(others, seconds / 2)
-            attacker = Process(f"hostile.attack({name!r}, {address!r}, {seconds + 1})")
-            attacker.line()
-            during = _p99(others, seconds)
+            machine = _attacked(others, name, elsewhere, seconds)
+            during = _attacked(others, name, address, seconds)
             grown = served.memory() - start
-            attacker.kill()
             after = _p99(others, seconds / 2)
-            calm = max(before, after)
+            calm = max(before, after, machine)
             served.say("incidents")
             report.progress(f"{name}: {served.line()}")
             report.row(
                 name,
                 f"p99 of the others {1000 * during:.2f} ms, before and after {1000 * before:.2f} and"
-                f" {1000 * after:.2f} ms; {grown / (1 << 20):+.0f} MB",
+                f" {1000 * after:.2f} ms, the same at another provider {1000 * machine:.2f} ms;"
+                f" {grown / (1 << 20):+.0f} MB",
             )
             if during > 2 * calm + SLACK:
                 report.breach(f"{name}: p99 rose from {1000 * calm:.2f} to {1000 * during:.2f} ms")
             if grown > MEMORY:
                 report.breach(f"{name}: the provider grew by {grown >> 20} MB")
         others.close()
+
+
+def _attacked(others: OpenLoop, name: str, address: str, seconds: float) -> float:
+    """The others' p99 while that address is attacked."""
+    attacker = Process(f"hostile.attack({name!r}, {address!r}, {seconds + 1})")
+    attacker.line()
+    during = _p99(others, seconds)
+    attacker.kill()
+    return during
 
 
 def _p99(others: OpenLoop, seconds: float) -> float:

@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from typing import Any
+from typing import Any, NamedTuple
 
 import generated
 from mprpc import AsyncMprpcChannel, DeadlineExceeded, MprpcChannel, RpcError, Unavailable
@@ -25,6 +25,7 @@ from reliability.load import Yardstick
 from reliability.report import SHOWN, Report
 
 THREADS = 64
+SHAPES = 99_991  # of calls; a prime, so that no two threads have the same in the same order
 RESET_EVERY = 500
 SHORT, LONG = 0.010, 20.0  # seconds: the deadlines of those that give up, and of the others
 HOLD_MS = (8, 30)
@@ -37,28 +38,39 @@ ledger_pb2 = generated.module("ledger_pb2")
 ledger_mprpc = generated.module("ledger_mprpc")
 
 
+class Shape(NamedTuple):
+    """What a call is like, but for its number. Thrown beforehand: who throws dice for each call of 64 threads has the
+    interpreter's lock for as long as all the rest of the call takes, and that is what calls would be late by."""
+
+    idempotent: bool
+    timeout: float
+    hold_ms: int
+    size: int  # of the note, in numbers
+
+    @classmethod
+    def thrown(cls, dice: random.Random) -> Shape:
+        gives_up = dice.random() < 1 / 3
+        hold = dice.randint(*HOLD_MS) if gives_up else 1 if dice.random() < 0.05 else 0
+        # Most notes are small, some larger than what a call has room for, so that they go other ways.
+        size = dice.choice((1, 2, 8)) if dice.random() < 0.98 else dice.choice((500, 1100, 2500))
+        return cls(dice.random() < 0.5, SHORT if gives_up else LONG, hold, size)
+
+
 class Question:
     """One call to make: what is asked, how long it may take, and what answer alone is right."""
 
     __slots__ = ("began", "ended", "entry", "idempotent", "number", "timeout")
 
-    def __init__(self, number: int, dice: random.Random) -> None:
+    def __init__(self, number: int, shape: Shape) -> None:
         self.number = number
-        self.idempotent = dice.random() < 0.5
-        gives_up = dice.random() < 1 / 3
-        self.timeout = SHORT if gives_up else LONG
-        hold = dice.randint(*HOLD_MS) if gives_up else 1 if dice.random() < 0.05 else 0
-        self.entry = ledger_pb2.Entry(number=number, hold_ms=hold, note=note(number, dice))
+        self.idempotent = shape.idempotent
+        self.timeout = shape.timeout
+        note = number.to_bytes(8, "little") * shape.size  # of no two calls alike
+        self.entry = ledger_pb2.Entry(number=number, hold_ms=shape.hold_ms, note=note)
         self.began = self.ended = 0.0
 
     def answers(self, receipt: Any) -> bool:
         return bool(receipt.number == self.number and receipt.note == self.entry.note)
-
-
-def note(number: int, dice: random.Random) -> bytes:
-    """Of no two calls alike; most are small, some larger than what a call has room for, so that they go other ways."""
-    size = dice.choice((1, 2, 8)) if dice.random() < 0.98 else dice.choice((500, 1100, 2500))
-    return number.to_bytes(8, "little") * size
 
 
 class Tally:
@@ -125,7 +137,8 @@ class Hunt:
         self.channel = MprpcChannel(address)
         self.asked = 0
         self._stub = ledger_mprpc.LedgerRpc_Stub(self.channel)
-        self._seed = seed
+        dice = random.Random(seed)
+        self._shapes = [Shape.thrown(dice) for _ in range(SHAPES)]
         self._over = over
         self._parts = [Tally("a blocking call") for _ in range(THREADS)] + [Tally("a future"), Tally("a task")]
         self._share = calls // (THREADS + 8)  # the flyer and the event loop get four threads' share each
@@ -150,13 +163,12 @@ class Hunt:
 
     def _questions(self, part: int) -> Iterator[Question]:
         """The part's calls; a part of flyers or tasks has four threads' numbers."""
-        dice = random.Random(f"{self._seed}/{part}")
         first = part if part <= THREADS else THREADS + 4
         count = self._share * (1 if part < THREADS else 4)
         for number in range(first * self._share, first * self._share + count):
             if self._over():
                 return
-            yield Question(number, dice)
+            yield Question(number, self._shapes[number % SHAPES])
 
     def _method(self, stub: Any, question: Question) -> Any:
         return stub.Look if question.idempotent else stub.Book
