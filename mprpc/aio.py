@@ -351,7 +351,11 @@ class AsyncUnaryCall(Generic[Request, Response]):
         """Until the next attempt. Raises what the call has failed with."""
         pause = call._after(attempts, endpoint, error, old=old)
         if pause is None:
-            raise attempts.problem or error
+            try:
+                raise attempts.problem or error
+            finally:
+                attempts.problem = None  # its traceback holds the frames that hold these: a cycle for the collector
+                del error
         if pause:
             await asyncio.sleep(pause / _NS)
 

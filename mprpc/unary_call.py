@@ -314,7 +314,10 @@ class UnaryCall(_Call, Generic[Request, Response]):
     def _failed(self, error: RpcError, endpoint: Subchannel, payload: bytes, deadline: int) -> Response:
         """A plain call came to that."""
         attempts = self._attempts(deadline, settled=False)
-        self._wait_to_retry(attempts, endpoint, error, None, old=True)
+        try:
+            self._wait_to_retry(attempts, endpoint, error, None, old=True)
+        finally:
+            del error  # whose traceback holds this frame: a cycle would be left for the collector by each failed call
         return self._go_round(payload, attempts, None)
 
     # ---- what is not plain ----
@@ -358,7 +361,11 @@ class UnaryCall(_Call, Generic[Request, Response]):
         """How many nanoseconds it has waited until the next attempt. Raises what the call has failed with."""
         pause = self._after(attempts, endpoint, error, old=old)
         if pause is None:
-            raise attempts.problem or error
+            try:
+                raise attempts.problem or error
+            finally:
+                attempts.problem = None  # as in _failed
+                del error
         if pause and controller is not None and isinstance(controller._stop, Cancellation):
             controller._stop.pause(pause / _NS)
         elif pause:

@@ -271,3 +271,59 @@ def test_a_large_request_is_given_up_before_its_response_is_parsed() -> None:
     copies, errors = process.communicate(timeout=wire.PATIENCE * 3)
     assert errors == ""
     assert 1 <= float(copies) < 1.5
+
+
+# ---- what a failed call leaves to the collector ----
+
+GARBAGE = """
+import asyncio, gc, sys
+import services
+from mprpc import AsyncMprpcChannel, RpcError
+
+HOLD, FAIL = services.LoginRequest(name=b"hold"), services.LoginRequest(name=b"fail")
+
+def left(call):
+    call()
+    gc.collect()
+    for _ in range(20):
+        call()
+    return gc.collect()
+
+def failing(call, *arguments, **options):
+    try:
+        call(*arguments, **options)
+    except RpcError:
+        return
+    raise AssertionError("it has not failed")
+
+async def tasks(address):
+    async with AsyncMprpcChannel(address) as channel:
+        users = services.user_mprpc.UserServiceRpc_AsyncStub(channel)
+        await users.Login(services.REQUEST)
+        gc.collect()
+        for request in [HOLD, FAIL] * 10:
+            try:
+                await users.Login(request, timeout=0.002 if request is HOLD else 5.0)
+            except RpcError:
+                continue
+            raise AssertionError("it has not failed")
+        return gc.collect()
+
+gc.disable()
+with services.calling(sys.argv[1]) as users:
+    users.Login(services.REQUEST)
+    again = users.Login.with_options(idempotent=True)
+    print(left(lambda: failing(users.Login, HOLD, timeout=0.002)), left(lambda: failing(users.Login, FAIL)))
+    print(left(lambda: failing(again, HOLD, timeout=0.002)), left(lambda: failing(again, FAIL)))
+    print(*(left(lambda: failing(lambda: users.Login.future(each, timeout=0.01).result())) for each in (HOLD, FAIL)))
+with services.calling("127.0.0.1:1") as nobody:
+    print(left(lambda: failing(nobody.Login, services.REQUEST, timeout=0.01)))
+print(asyncio.run(tasks(sys.argv[1])))
+"""
+
+
+def test_a_failed_call_leaves_nothing_to_the_collector(provider: RpcProvider) -> None:
+    """Each left its error, whose traceback held frames that held it: with many failed calls the collector, who has the
+    interpreter's lock, made others late by a tenth of a second."""
+    process = services.start_python(GARBAGE, provider.address)
+    assert process.communicate(timeout=wire.PATIENCE) == ("0 0\n0 0\n0 0\n0\n0\n", "")
