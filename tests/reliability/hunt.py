@@ -83,7 +83,7 @@ class Tally:
         self.ends: Counter[str] = Counter()
         self.excess = array("d")  # seconds past the deadline, of those that were
         self.wrong: list[str] = []
-        self.not_run: list[tuple[Question, RpcError]] = []
+        self.not_run: list[tuple[int, str]] = []  # not the errors: all frames of their tracebacks would stay
 
     def end(self, question: Question, outcome: Any, *, cancelled: bool = False) -> None:
         now = time.monotonic()
@@ -100,7 +100,7 @@ class Tally:
 
     def _kind(self, question: Question, outcome: Any, past: float, cancelled: bool) -> str:
         if isinstance(outcome, RpcError) and outcome.not_run:
-            self.not_run.append((question, outcome))
+            self.not_run.append((question.number, _said(outcome)))
         if isinstance(outcome, ledger_pb2.Receipt):
             if not question.answers(outcome):
                 self.wrong.append(f"call {question.number} got the answer of {outcome.number}")
@@ -277,9 +277,9 @@ def judge(report: Report, total: Tally, ran: bytes, yardstick: Yardstick) -> Non
     calls = sum(total.ends.values())
     for text in total.wrong[:SHOWN]:
         report.breach(text)
-    lied = [(question, error) for question, error in total.not_run if ran[question.number]]
-    for _, error in lied[:SHOWN]:
-        report.breach(f"a call was said not to have run, but it did: {_said(error)}")
+    lied = [said for number, said in total.not_run if ran[number]]
+    for said in lied[:SHOWN]:
+        report.breach(f"a call was said not to have run, but it did: {said}")
     excess = sorted(total.excess)
     rare = excess[-1 - calls // 100_000] if excess else 0.0
     worst = excess[-1] if excess else 0.0
